@@ -1,0 +1,1 @@
+"""Saliency-guided sparse backward passes for fine-tuning transformers with Lightning."""
