@@ -1,1 +1,15 @@
 """Saliency-guided sparse backward passes for fine-tuning transformers with Lightning."""
+
+from lightning_sage.arguments import ReplayError as ReplayError
+from lightning_sage.install import Installation as Installation
+from lightning_sage.install import install as install
+from lightning_sage.install import uninstall as uninstall
+from lightning_sage.policy import AllTokens as AllTokens
+from lightning_sage.policy import GradientMass as GradientMass
+from lightning_sage.policy import ImportanceSampling as ImportanceSampling
+from lightning_sage.policy import RandomTokens as RandomTokens
+from lightning_sage.policy import SagePolicy as SagePolicy
+from lightning_sage.policy import Selection as Selection
+from lightning_sage.policy import TopFraction as TopFraction
+from lightning_sage.policy import TopMass as TopMass
+from lightning_sage.session import BlockRecord as BlockRecord

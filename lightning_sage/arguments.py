@@ -1,0 +1,183 @@
+"""What a block is called with: which arguments run along the tokens, and how to pack their rows.
+
+The token axis of an argument is known from its name and rank, never from "a dimension equal to T":
+head widths, hidden widths and batches equal T often enough. What stays ambiguous is an error.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+class ReplayError(RuntimeError):
+    """A block that cannot be replayed on some of its rows; the message names it and says why."""
+
+
+class Axis(Enum):
+    """Where the tokens of an argument are."""
+
+    NONE = "none"  # not along the tokens: passed on as it is
+    FIRST = "first"  # [T, ...]
+    BATCHED = "batched"  # [B | 1, T, ...]
+    SECOND = "second"  # [H, B | 1, T] or [B | 1, H | 1, T, D]: tokens on axis 2
+    PAIRS = "pairs"  # [..., T, T]: a mask, whose rows and columns attention gathers by itself
+
+
+def _axis(name: str, x: Tensor, B: int, T: int) -> Axis:
+    """The rule, by name and rank.
+
+    Raises:
+        ReplayError: The axis cannot be told.
+    """
+    shape, batched = tuple(x.shape), x.dim() > 0 and x.shape[0] in (B, 1)
+    if x.dim() == 0 or T not in shape or "cu_seq" in name:
+        return Axis.NONE
+    if x.dim() == 1 and T != B:
+        return Axis.FIRST
+    if x.dim() == 2 and batched and shape[1] == T:
+        return Axis.BATCHED
+    if x.dim() == 2 and shape[0] == T and shape[1] != T:
+        return Axis.FIRST
+    if x.dim() == 3 and batched and shape[1] == T:
+        pairs = shape[2] == T and ("mask" in name or not x.is_floating_point())
+        return Axis.PAIRS if pairs else Axis.BATCHED
+    if x.dim() == 3 and not x.is_floating_point() and shape[1] in (B, 1) and shape[2] == T:
+        return Axis.SECOND
+    if x.dim() in (3, 4) and shape[-2:] == (T, T):
+        return Axis.PAIRS
+    if x.dim() == 4 and batched and shape[3] == T and ("mask" in name or shape[2] == 1):
+        return Axis.PAIRS
+    if x.dim() == 4 and batched and shape[2] == T:
+        return Axis.SECOND
+    raise ReplayError(
+        f"argument '{name}' of shape {list(shape)} has an axis of the length of the sequence "
+        f"({T}, batch {B}), but which axis holds the tokens cannot be told: leave this block dense "
+        "(SagePolicy(dense_blocks=...)) or change the batch size or length so that they differ"
+    )
+
+
+def _packed(x: Tensor, axis: Axis, rows: Tensor, T: int) -> Tensor:
+    """`x` for the packed rows: a batch of one, N long."""
+    n, sample, token = len(rows), rows // T, rows % T
+    match axis:
+        case Axis.FIRST:
+            return x.index_select(0, token)
+        case Axis.BATCHED if x.shape[0] == 1:
+            return x.index_select(1, token)
+        case Axis.BATCHED:
+            return x.flatten(0, 1).index_select(0, rows).unsqueeze(0)
+        case Axis.SECOND if x.dim() == 3:
+            return x[:, sample if x.shape[1] > 1 else 0, token].unsqueeze(1)
+        case Axis.SECOND:
+            return x[sample if x.shape[0] > 1 else 0, :, token].movedim(0, -2).unsqueeze(0)
+        case Axis.PAIRS:
+            # attention ignores it; its shape keeps the block on the same branch
+            size = [1 if d == 0 else m for d, m in enumerate(x.shape)]
+            size[-2:] = [n if m == T else m for m in size[-2:]]
+            return x.new_full((), x.dtype == torch.bool).expand(size)
+    return x
+
+
+def _without_cache(name: str, value: Any) -> Any:
+    """Transformers hands its blocks an empty KV cache in training; a replay would append to it."""
+    if name == "use_cache" and value is True:
+        return False
+    length = getattr(value, "get_seq_length", None)
+    if length is None:
+        return value
+    if length() > 0:
+        raise ReplayError(
+            f"argument '{name}' is a filled KV cache of {length()} tokens (prefix tuning?), which "
+            "cannot be replayed: train without it, or without SAGE"
+        )
+    return None
+
+
+@dataclass
+class Arguments:
+    """Arguments of one call of a block, taken apart.
+
+    Attributes:
+        leaves: All leaves, tensors and others, in pytree order.
+        axes: By index of the leaf, for tensors only.
+        names: By index of the leaf.
+        spec: Puts leaves together again.
+        hidden: Index of the hidden states ``[B, T, C]``.
+    """
+
+    leaves: list[Any]
+    axes: dict[int, Axis]
+    names: list[str]
+    spec: pytree.TreeSpec
+    hidden: int
+
+    @classmethod
+    def of(cls, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """Take a call apart.
+
+        Raises:
+            ReplayError: No hidden states, a filled cache, or an axis that cannot be told.
+        """
+        named = _parameter_names(block, len(args))
+        args = tuple(_without_cache(name, x) for name, x in zip(named, args, strict=True))
+        kwargs = {name: _without_cache(name, x) for name, x in kwargs.items()}
+        if kwargs.get("output_attentions"):
+            raise ReplayError("output_attentions is requested, and weights of kept rows only exist")
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        names = [n for n, x in zip(named, args, strict=True) for _ in pytree.tree_leaves(x)]
+        names += [n for n, x in kwargs.items() for _ in pytree.tree_leaves(x)]
+        hidden = next((i for i, x in enumerate(leaves) if isinstance(x, Tensor)), None)
+        if hidden is None or leaves[hidden].dim() != 3 or not leaves[hidden].is_floating_point():
+            shown = None if hidden is None else list(leaves[hidden].shape)
+            raise ReplayError(f"its first tensor is not hidden states [B, T, C] but {shown}")
+        B, T, _ = leaves[hidden].shape
+        axes = {i: _axis(names[i], x, B, T) for i, x in enumerate(leaves) if isinstance(x, Tensor)}
+        axes[hidden] = Axis.BATCHED
+        for i, axis in axes.items():
+            if axis is Axis.PAIRS and leaves[i].requires_grad:
+                raise ReplayError(
+                    f"argument '{names[i]}' is a mask or bias that requires grad, which a replay of "
+                    "some rows cannot give: freeze it"
+                )
+        return cls(leaves, axes, names, spec, hidden)
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What decides how the call is replayed; equal calls are checked once."""
+        tensors = ((self.names[i], axis, self.leaves[i].dim()) for i, axis in self.axes.items())
+        return (tuple(tensors), self.leaves[self.hidden].dtype)
+
+    def differentiable(self) -> list[int]:
+        """Indices of the tensors, besides the hidden states, that want a gradient."""
+        return [i for i in self.axes if i != self.hidden and self.leaves[i].requires_grad]
+
+    def shared(self) -> list[int]:
+        """Indices of the tensors, besides the hidden states, that a replay has to see."""
+        return [i for i in self.axes if i != self.hidden]
+
+    def call(self, replaced: dict[int, Any] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments and keywords, with some leaves replaced."""
+        leaves = list(self.leaves)
+        for i, x in (replaced or {}).items():
+            leaves[i] = x
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+    def packed(self, i: int, x: Tensor, rows: Tensor, T: int) -> Tensor:
+        """Leaf i, given as `x`, for the packed rows."""
+        return _packed(x, self.axes[i], rows, T)
+
+
+def _parameter_names(block: nn.Module, count: int) -> list[str]:
+    """Names of the first positional parameters, so that rules by name hold for them too."""
+    parameters = list(inspect.signature(type(block).forward).parameters.values())[1:]
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [p.name for p in parameters if p.kind in kinds][:count]
+    return names + [f"args[{i}]" for i in range(len(names), count)]

@@ -1,0 +1,412 @@
+"""One block: dense forward without a graph, sparse replay in the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
+
+from lightning_sage import ops, selfcheck
+from lightning_sage.arguments import Arguments, Axis, ReplayError
+from lightning_sage.cache import SparseCache, keep_attention, keep_hidden, restored, sub_cache
+from lightning_sage.intercept import Handler, Tap
+from lightning_sage.masks import Visibility
+from lightning_sage.replay import PackedForward, Recorder, Replayer, Rows
+from lightning_sage.session import REPLAY_STREAM, BlockRecord, Seed, Session
+
+ATTRIBUTE = "_sage"
+
+
+@dataclass
+class Wrapped:
+    """What an installation leaves on a block, as its attribute `_sage`.
+
+    Attributes:
+        name: Name of the block in the model.
+        index: Place among the wrapped blocks.
+        session: Shared by all of them.
+        skips: Whether unselected tokens skip this block in the forward pass too.
+        chooses: Whether later blocks skip what this one did not keep.
+        previous: An instance attribute `forward` found on the block, if any.
+        checkpointing: What the block's `gradient_checkpointing` was, if it had been set.
+        checked: Signatures of calls that passed the self-check.
+    """
+
+    name: str
+    index: int
+    session: Session
+    skips: bool = False
+    chooses: bool = False
+    previous: Callable[..., Any] | None = None
+    checkpointing: Any = None
+    checked: set[Any] = field(default_factory=set)
+
+    def run(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The block's own forward."""
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
+        return type(block).forward(block, *args, **kwargs)
+
+
+def sparse_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Forward of a wrapped block: dense values, and a sparse backward where a graph is recorded.
+
+    A row that is kept and replayed gets the gradient of ``rows of H -> rows of block(H)``; a row
+    that is not gets dL/dH = dL/dH', whatever the block is. In a pre-norm block that is the residual
+    path, exactly. A post-norm block (BERT) has none: there the identity stands in for the Jacobian
+    of the layer norms, and rows drawn by importance sampling correct it without bias, since their
+    1/p weights (block minus identity).
+
+    Raises:
+        ReplayError: The block cannot be replayed on some of its rows.
+    """
+    wrapped: Wrapped = block.__dict__[ATTRIBUTE]
+    if not torch.is_grad_enabled():
+        return wrapped.run(block, *args, **kwargs)
+    try:
+        arguments = Arguments.of(block, args, kwargs)
+        slots = _trainable(block)
+        hidden = arguments.leaves[arguments.hidden]
+        extra = [arguments.leaves[i] for i in arguments.differentiable()]
+        if not (slots or extra or hidden.requires_grad):
+            return wrapped.run(block, *args, **kwargs)
+        job = Job(block, wrapped, arguments, slots, _Surroundings(hidden.device))
+        selfcheck.first_call(job)
+        out = _Sparse.apply(job, hidden, *extra, *(getattr(m, n) for m, n in slots))
+        return job.output(out)
+    except ReplayError as error:
+        if error.args and str(error).startswith("block '"):
+            raise
+        raise ReplayError(f"block '{wrapped.name}' ({type(block).__name__}): {error}") from error
+
+
+def _trainable(block: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where the trainable parameters are, each once.
+
+    Slots and not tensors, because sharding strategies swap the tensors between forward and
+    backward.
+    """
+    slots: dict[int, tuple[nn.Module, str]] = {}
+    for module in block.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                slots.setdefault(id(parameter), (module, name))
+    return list(slots.values())
+
+
+class _Surroundings:
+    """Autocast and default dtype of a forward pass, to be found again in its replay.
+
+    Weight casts are not cached: one made without grad would take the weight's gradient with it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.casts = [
+            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+            for kind in {"cpu", device.type}
+            if torch.amp.is_autocast_available(kind)
+        ]
+        self.dtype = torch.get_default_dtype()
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """The surroundings again, and whatever there is now afterwards."""
+        before = torch.get_default_dtype()
+        with ExitStack() as stack:
+            for kind, dtype, enabled in self.casts:
+                if enabled or torch.is_autocast_enabled(kind):
+                    stack.enter_context(
+                        torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
+                    )
+            torch.set_default_dtype(self.dtype)
+            try:
+                yield
+            finally:
+                torch.set_default_dtype(before)
+
+
+class Job:
+    """One call of one block, from its forward to its backward; holds no tensor after forward."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        wrapped: Wrapped,
+        arguments: Arguments,
+        slots: list[tuple[nn.Module, str]],
+        surroundings: _Surroundings,
+    ) -> None:
+        self.block, self.wrapped, self.session = block, wrapped, wrapped.session
+        self.arguments, self.slots, self.surroundings = arguments, slots, surroundings
+        self.seed = Seed()
+        hidden = arguments.leaves[arguments.hidden]
+        self.B, self.T, self.C = hidden.shape
+        self.extra, self.shared = arguments.differentiable(), arguments.shared()
+        self.versions = [getattr(m, n)._version for m, n in slots]
+        self.causal: list[bool] = []
+        self._outputs: tuple[list[Any], pytree.TreeSpec, int] | None = None
+
+    @property
+    def hidden(self) -> Tensor:
+        """The block's input ``[B, T, C]``, until it is released."""
+        hidden: Tensor = self.arguments.leaves[self.arguments.hidden]
+        return hidden
+
+    def run(
+        self,
+        handler: Handler,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tap: type[Tap] = Tap,
+    ) -> Tensor:
+        """Hidden states after the block; its other outputs are remembered.
+
+        Raises:
+            ReplayError: The block does not return hidden states, or other tensors with a gradient.
+        """
+        with self.surroundings.restored(), tap(handler):
+            output = self.wrapped.run(self.block, *args, **kwargs)
+        leaves, spec = pytree.tree_flatten(output)
+        inputs = pytree.tree_leaves((args, kwargs))
+        place = next((i for i, x in enumerate(leaves) if isinstance(x, Tensor)), None)
+        if place is None or leaves[place].shape != inputs[self.arguments.hidden].shape:
+            raise ReplayError("its first output is not hidden states of the shape of its input")
+        known = {id(x) for x in inputs}
+        for i, x in enumerate(leaves):
+            if i != place and isinstance(x, Tensor) and id(x) not in known:
+                weights = x.dim() == 4 and x.shape[-1] == x.shape[-2] == leaves[place].shape[1]
+                if x.is_floating_point() and not weights:
+                    raise ReplayError(
+                        f"it returns a second tensor of shape {list(x.shape)}, whose gradient a "
+                        "replay of some rows cannot give"
+                    )
+        self._outputs = leaves, spec, place
+        out: Tensor = leaves[place]
+        return out
+
+    def output(self, hidden: Tensor) -> Any:
+        """What the block returned, with `hidden` in the place of its hidden states."""
+        assert self._outputs is not None
+        leaves, spec, place = self._outputs
+        self._outputs = None
+        leaves[place] = hidden
+        return pytree.tree_unflatten(leaves, spec)
+
+    def packed_call(
+        self, rows: Rows, hidden: Tensor, leaves: dict[int, Tensor]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments for packed rows.
+
+        Args:
+            rows: The rows.
+            hidden: ``[N, C]``.
+            leaves: The other tensors, whole, by index.
+        """
+        replaced: dict[int, Any] = {
+            i: self.arguments.packed(i, x, rows.index, self.T) for i, x in leaves.items()
+        }
+        replaced[self.arguments.hidden] = hidden.unsqueeze(0)
+        return self.arguments.call(replaced)
+
+    def leaves(self) -> dict[int, Tensor]:
+        """The tensors besides the hidden states."""
+        return {i: self.arguments.leaves[i] for i in self.shared}
+
+    def release(self) -> None:
+        """Forget the tensors of the forward."""
+        for i in self.arguments.axes:
+            self.arguments.leaves[i] = None
+
+
+def _keep_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
+    """Dense forward; keeps rows by the policy."""
+    session, wrapped = job.session, job.wrapped
+    recorder = Recorder(job.seed, hidden)
+    out = job.run(recorder, *job.arguments.call())
+    valid = session.valid(hidden)
+    visible = [session.visibility(s.call.mask, s.call.causal, valid) for s in recorder.seen]
+    kept, scores = session.choose(wrapped.name, valid, recorder.seen, visible, job.seed)
+    rows = Rows.of(kept.rows)
+    full = session.policy.attention == "full"
+    cache = SparseCache(
+        rows.index,
+        keep_hidden(hidden, rows),
+        [keep_attention(seen, rows, full) for seen in recorder.seen],
+        visible,
+    )
+    replayer = session.policy.replayer
+    if scores is not None and replayer is not None and replayer.saliency_in_replay:
+        cache.saliency = scores.flatten()[rows.index]
+    if kept.probability is not None:
+        cache.probability = kept.probability.flatten()[rows.index]
+    if wrapped.chooses:
+        session.skip_rows = kept.rows, visible[0] if visible else Visibility(causal=False)
+    _record(job, valid, kept.rows, cache)
+    return out, cache
+
+
+def _skip_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
+    """Forward of the rows that an earlier block chose; the others pass unchanged."""
+    session = job.session
+    if session.skip_rows is None or session.skip_rows[0].shape != hidden.shape[:2]:
+        raise ReplayError("unselected='skip' found no choice made by an earlier block of this pass")
+    chosen, visible = session.skip_rows
+    rows = Rows.of(chosen)
+    own = keep_hidden(hidden, rows)
+    forward = PackedForward(job.seed, rows, visible)
+    out = job.run(forward, *job.packed_call(rows, own, job.leaves()))
+    attention = [keep_attention(seen, _all(rows), full=False) for seen in forward.seen]
+    cache = SparseCache(rows.index, own, attention, [visible for _ in attention])
+    _record(job, session.valid(hidden), chosen, cache)
+    return ops.scatter_rows(out.squeeze(0), rows.index, hidden), cache
+
+
+def _all(rows: Rows) -> Rows:
+    """Packed rows as rows of themselves."""
+    n = len(rows.index)
+    return Rows(torch.arange(n, device=rows.index.device), [n], n)
+
+
+def _record(job: Job, valid: Tensor, kept: Tensor, cache: SparseCache) -> None:
+    job.record = BlockRecord(job.wrapped.name, valid, kept, cache.nbytes)
+    job.session.records[job.wrapped.index] = job.record
+
+
+class _Sparse(torch.autograd.Function):
+    """Inputs: hidden states, other differentiable arguments, trainable parameters.
+
+    Parameters are inputs and their gradients are returned, so that every hook on them (DDP, FSDP,
+    the user's) fires once, as in a dense backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, job: Job, hidden: Tensor, *others: Tensor) -> Tensor:
+        out, cache = (_skip_rows if job.wrapped.skips else _keep_rows)(job, hidden)
+        if out is hidden:
+            raise ReplayError("it returns its input")
+        tensors = cache.tensors()
+        job.causal = cache.order()
+        leaves = [
+            # attention has taken what it needs of a mask
+            None if job.arguments.axes[i] is Axis.PAIRS else job.arguments.leaves[i]
+            for i in job.shared
+        ]
+        ctx.save_for_backward(*tensors, *leaves)
+        shapes = {i: job.arguments.leaves[i] for i in job.shared}
+        job.pairs = {
+            i: x.new_empty(()).expand(x.shape)
+            for i, x in shapes.items()
+            if job.arguments.axes[i] is Axis.PAIRS
+        }
+        ctx.job, ctx.held = job, len(tensors)
+        job.release()
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        job: Job = ctx.job
+        saved = ctx.saved_tensors
+        cache = restored(saved[: ctx.held], job.causal)
+        leaves = dict(zip(job.shared, saved[ctx.held :], strict=True)) | job.pairs
+        wants = ctx.needs_input_grad[1:]
+        grads = _replay(job, cache, leaves, grad, wants)
+        return None, *grads
+
+
+def _chosen_rows(job: Job, cache: SparseCache, grad: Tensor) -> tuple[SparseCache, Tensor | None]:
+    """The rows to replay, and the weight of each row's branch gradient."""
+    replayer = job.session.policy.replayer
+    probability = cache.probability
+    if replayer is not None and len(cache.index):
+        norms = ops.gather_rows(grad, cache.index).double().norm(dim=-1)
+        noise = ops.uniform(int(job.seed), REPLAY_STREAM, cache.index) if replayer.random else norms
+        valid = int(job.record.valid.sum())
+        chosen, p = replayer.replay(norms, cache.saliency, valid, noise)
+        if p is not None:
+            probability = p if probability is None else p * probability
+        if not bool(chosen.all()):
+            index = chosen.nonzero().squeeze(1)
+            cache = sub_cache(cache, index)
+            probability = None if probability is None else probability[index]
+    if probability is not None and bool((probability >= 1).all()):
+        probability = None
+    record = job.record
+    replayed = torch.zeros_like(record.kept)
+    replayed.view(-1)[cache.index] = True
+    weights = replayed.double()
+    if probability is not None:
+        weights.view(-1)[cache.index] = 1 / probability
+    record.replayed, record.weights, record.seed = replayed, weights, job.seed.value
+    return cache, None if probability is None else (1 / probability).unsqueeze(1)
+
+
+def _replay(
+    job: Job,
+    cache: SparseCache,
+    leaves: dict[int, Tensor],
+    grad: Tensor,
+    wants: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """Gradients of hidden states, other differentiable arguments and parameters."""
+    targets = [getattr(module, name) for module, name in job.slots]
+    if [x._version for x in targets] != job.versions:
+        raise RuntimeError(
+            f"a parameter of block '{job.wrapped.name}' was modified in place after the forward "
+            "pass whose backward pass needs it"
+        )
+    cache, weights = _chosen_rows(job, cache, grad)
+    grad_rows = ops.gather_rows(grad, cache.index)
+    weighted = grad_rows if weights is None else grad_rows * weights.to(grad.dtype)
+    with torch.enable_grad():
+        hidden = cache.hidden.detach().requires_grad_(wants[0])
+        for i in job.extra:
+            leaves[i] = leaves[i].detach().requires_grad_()
+        inputs = [hidden] if wants[0] else []
+        inputs += [leaves[i] for i in job.extra] + targets
+        found: list[Tensor | None] = [None] * len(inputs)
+        if len(cache.index):
+            rows = _rows_of(cache.index, job.B, job.T)
+            handler = Replayer(job.seed, rows, cache.attention, cache.visible)
+            out = job.run(handler, *job.packed_call(rows, hidden, leaves))
+            job._outputs = None
+            with _hooks_off(targets):
+                found = list(
+                    torch.autograd.grad(
+                        out, inputs, weighted.unsqueeze(0).to(out.dtype), allow_unused=True
+                    )
+                )
+    through = found.pop(0) if wants[0] else None
+    # zeros and not None: sharding strategies wait for every rank's gradient
+    others = inputs[len(inputs) - len(found) :]
+    rest = [torch.zeros_like(x) if g is None else g for x, g in zip(others, found, strict=True)]
+    if not wants[0]:
+        return [None, *rest]
+    if through is None:
+        return [grad, *rest]
+    if weights is not None:
+        through = through + (grad_rows - weighted)
+    return [ops.scatter_rows(through.to(grad.dtype), cache.index, grad), *rest]
+
+
+def _rows_of(index: Tensor, B: int, T: int) -> Rows:
+    return Rows(index, torch.bincount(index // T, minlength=B).tolist(), T)
+
+
+@contextmanager
+def _hooks_off(parameters: list[Tensor]) -> Iterator[None]:
+    """Tensor hooks of parameters are for the gradient that is returned, not for the replay's."""
+    hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
+    for active, _ in hooks:
+        active.clear()
+    try:
+        yield
+    finally:
+        for active, saved in hooks:
+            active.update(saved)

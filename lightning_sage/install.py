@@ -1,0 +1,215 @@
+"""Find the blocks of a model, put SAGE below their forward, and take it out without a trace."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import sys
+import types
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_sage.block import ATTRIBUTE, Wrapped, sparse_forward
+from lightning_sage.policy import SagePolicy
+from lightning_sage.session import BlockRecord, Session
+
+
+def find_blocks(model: nn.Module, policy: SagePolicy) -> dict[str, nn.Module]:
+    """Blocks of `model`, by name, in order; a module that stands in several places once.
+
+    Args:
+        model: Any module.
+        policy: Its `blocks` names them; None finds transformers' `GradientCheckpointingLayer`.
+
+    Raises:
+        ValueError: There are none; the message lists what was seen.
+    """
+    # copies that torch.compile proxies are seen through themselves
+    modules = [
+        (name, module)
+        for name, module in model.named_modules()
+        if not isinstance(module, torch._dynamo.OptimizedModule)
+    ]
+    if policy.blocks is None:
+        layers = sys.modules.get("transformers.modeling_layers")
+        found = {n: m for n, m in modules if layers and _is_layer(m, layers)}
+    elif callable(policy.blocks):
+        accept = policy.blocks
+        found = {n: m for n, m in modules if n and accept(m, n)}
+    else:
+        patterns = policy.blocks
+        found = {n: m for n, m in modules if any(fnmatch.fnmatchcase(n, p) for p in patterns)}
+    if not found:
+        raise ValueError(_nothing_found(model, policy))
+    inner = [n for n in found for outer in found if n.startswith(f"{outer}.")]
+    if inner:
+        raise ValueError(
+            f"blocks {inner[:3]} lie inside other blocks: name one level with SagePolicy(blocks=...)"
+        )
+    return found
+
+
+def _is_layer(module: nn.Module, layers: types.ModuleType) -> bool:
+    return isinstance(module, layers.GradientCheckpointingLayer)
+
+
+def _nothing_found(model: nn.Module, policy: SagePolicy) -> str:
+    lists = [
+        f"{name or '(root)'}: {len(module)} x {type(module[0]).__name__}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
+    ]
+    seen = Counter(type(m).__name__ for m in model.modules())
+    wanted = "a transformers layer" if policy.blocks is None else f"blocks={policy.blocks!r}"
+    return (
+        f"no block found: nothing in {type(model).__name__} is {wanted}. Name the blocks with "
+        f"SagePolicy(blocks=['layers.*']). Lists of modules: {'; '.join(lists) or 'none'}. "
+        f"Modules: {', '.join(f'{n} x {c}' for n, c in seen.most_common(12))}"
+    )
+
+
+class Installation:
+    """SAGE on a model, from :func:`install` until :func:`Installation.remove`.
+
+    Also a context manager, which removes it at the end, whatever happened.
+
+    Attributes:
+        model: The model.
+        policy: What is kept and replayed.
+        blocks: The wrapped blocks by name, in order.
+    """
+
+    def __init__(
+        self, model: nn.Module, policy: SagePolicy, blocks: dict[str, nn.Module], session: Session
+    ) -> None:
+        self.model, self.policy, self.blocks, self._session = model, policy, blocks, session
+
+    @property
+    def records(self) -> list[BlockRecord]:
+        """What each block did with the latest batch, in order; empty before the first."""
+        return [record for _, record in sorted(self._session.records.items())]
+
+    @property
+    def dense_saved_bytes(self) -> int | None:
+        """Bytes that a dense step would have saved in the blocks; None before it was measured."""
+        measured = self._session.dense_bytes
+        return sum(measured.values()) if measured else None
+
+    def observe(self, batch: object) -> None:
+        """Hand over the batch, for models whose forward is not given labels or padding by keyword.
+
+        Args:
+            batch: A mapping with `labels` and `attention_mask`; anything else tells nothing.
+        """
+        self._session.batch = dict(batch) if isinstance(batch, Mapping) else {}
+
+    def check(self, batch: Mapping[str, Any]) -> None:
+        """Check on ``model(**batch)`` that every block can be replayed on some of its rows.
+
+        Gradients, random generators and records are left as they were.
+
+        Raises:
+            ReplayError: Names the first block that cannot, and the reason.
+        """
+        session = self._session
+        records, session.force_check = dict(session.records), True
+        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        try:
+            with torch.enable_grad(), torch.random.fork_rng(devices):
+                self.model(**batch)
+        finally:
+            session.records, session.force_check = records, False
+
+    def remove(self) -> None:
+        """Leave the model as it was before; again is no error."""
+        uninstall(self.model)
+
+    def __enter__(self) -> Installation:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+
+def install(
+    model: nn.Module, policy: SagePolicy | None = None, *, measure_dense: bool = False
+) -> Installation:
+    """Give the blocks of a model a sparse backward pass.
+
+    Only forwards that record a graph change, and only in what they keep: values, evaluation,
+    generation, state_dict and saved files are those of the model alone.
+
+    Args:
+        model: Any module with transformer blocks; also a LightningModule or a PeftModel.
+        policy: What to keep and replay; None is `SagePolicy()`.
+        measure_dense: On the first training forward, also count the bytes that a dense step would
+            have saved, block by block.
+
+    Raises:
+        ValueError: No block is found, one is wrapped already, or the policy does not fit the model.
+            The model is untouched then.
+    """
+    policy = policy or SagePolicy()
+    blocks = find_blocks(model, policy)
+    if any(ATTRIBUTE in m.__dict__ for m in model.modules()):
+        raise ValueError("SAGE is installed on this model already: remove() that installation first")
+    dense = policy.left_dense(len(blocks))
+    wrapped = {n: m for i, (n, m) in enumerate(blocks.items()) if i not in dense}
+    session = Session(replace(policy, blocks=None))
+    session.measure_dense = measure_dense
+    last_chooser = math.ceil(len(wrapped) / 10) - 1
+    skip = policy.unselected == "skip"
+    for i, (name, block) in enumerate(wrapped.items()):
+        mark = Wrapped(name, i, session, skip and i > last_chooser, skip and i == last_chooser)
+        mark.previous = block.__dict__.get("forward")
+        if getattr(block, "gradient_checkpointing", False):
+            mark.checkpointing = True
+            block.gradient_checkpointing = False
+        block.__dict__[ATTRIBUTE] = mark
+        block.forward = types.MethodType(sparse_forward, block)
+    if any(b.__dict__[ATTRIBUTE].checkpointing for b in wrapped.values()):
+        warnings.warn(
+            "gradient checkpointing is switched off on the blocks that SAGE wraps, which save less "
+            "than it does; removing SAGE switches it on again",
+            stacklevel=2,
+        )
+    for module in _ancestors(model, set(wrapped.values())):
+        module.register_forward_pre_hook(session.enter, with_kwargs=True)
+        module.register_forward_hook(session.leave, always_call=True)
+    return Installation(model, policy, wrapped, session)
+
+
+def _ancestors(model: nn.Module, blocks: set[nn.Module]) -> list[nn.Module]:
+    """Modules that contain a block."""
+    return [m for m in model.modules() if m not in blocks and any(c in blocks for c in m.modules())]
+
+
+def uninstall(model: nn.Module) -> None:
+    """Take SAGE out of a model, whichever installation put it there; no error where there is none.
+
+    Args:
+        model: The model, or a copy of one that SAGE was installed on.
+    """
+    for module in model.modules():
+        mark = module.__dict__.pop(ATTRIBUTE, None)
+        if mark is not None:
+            module.__dict__.pop("forward", None)
+            if mark.previous is not None:
+                module.__dict__["forward"] = mark.previous
+            if mark.checkpointing is not None:
+                module.gradient_checkpointing = mark.checkpointing
+        for hooks, extras in (
+            (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
+            (module._forward_hooks, (module._forward_hooks_always_called,)),
+        ):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), Session):
+                    del hooks[key]
+                    for extra in extras:
+                        extra.pop(key, None)

@@ -1,0 +1,256 @@
+"""Stands between a block and its attention and dropout, for the length of one forward or replay.
+
+Attention is seen through transformers' `AttentionInterface.get_interface` (the model keeps its own
+implementation; softcap and unrepeated keys arrive as arguments) and through
+`F.scaled_dot_product_attention`; dropout through `F.dropout`. Nothing is active outside `Tap`.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_sage.arguments import ReplayError
+
+
+@dataclass
+class AttentionCall:
+    """One attention call of a block.
+
+    Attributes:
+        q: ``[B, H, T, D]``.
+        k: ``[B, G, T, D]``, not repeated.
+        v: ``[B, G, T, Dv]``, not repeated.
+        mask: bool (True attends) or additive, ``[B | 1, H | 1, T, T]``, or None.
+        causal: Whether the call asked for a causal mask.
+        scale: Factor of the products.
+        softcap: Cap of the logits, or None.
+        run: The model's own computation, ``[B, H, T, Dv]``; None where it is PyTorch's SDPA.
+        repeated: Keys and values as SDPA was given them, ``[B, H, T, D]`` where grouped.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    causal: bool
+    scale: float
+    softcap: float | None = None
+    run: Callable[[], Tensor] | None = None
+    repeated: tuple[Tensor, Tensor] | None = None
+
+
+class Handler(Protocol):
+    """What happens at an attention and at a dropout."""
+
+    def attention(self, call: AttentionCall) -> Tensor:
+        """Output of an attention, ``[B, H, T, Dv]``."""
+
+    def dropout(self, x: Tensor, p: float) -> Tensor:
+        """`x` with elements dropped."""
+
+
+class _Current(threading.local):
+    tap: Tap | None = None
+
+
+_current = _Current()
+_lock = threading.Lock()
+_patched = 0
+_original: Any = None
+
+
+class Tap(TorchFunctionMode):
+    """Routes attention and dropout of the current thread to a handler while it is entered."""
+
+    def __init__(self, handler: Handler) -> None:
+        super().__init__()
+        self.handler = handler
+        self._unrepeated: tuple[Tensor, Tensor] | None = None
+
+    def __enter__(self) -> Tap:
+        self._outer, _current.tap = _current.tap, self
+        self._routed = _patch_interface()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        if self._routed:
+            _unpatch_interface()
+        _current.tap = self._outer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._sdpa(*args, **kwargs)
+        if func is F.dropout:
+            return self._dropout(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _sdpa(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        refuse_attention_dropout(dropout_p)
+        unrepeated, self._unrepeated = self._unrepeated, None
+        k, v = unrepeated or (key, value)
+        call = AttentionCall(query, k, v, attn_mask, is_causal, scale or query.shape[-1] ** -0.5)
+        if unrepeated is not None:
+            call.repeated = key, value
+        return self.handler.attention(_checked(_as_autocast(call)))
+
+    def _dropout(
+        self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        if not training or p == 0:
+            return input
+        out = self.handler.dropout(input, p)
+        return input.copy_(out) if inplace else out
+
+    def interface(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """An attention function of transformers, seen by the handler."""
+
+        def seen(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+        ) -> Any:
+            if name == "sdpa":
+                # F.scaled_dot_product_attention follows, perhaps with repeated keys
+                self._unrepeated = key, value
+                return function(module, query, key, value, *args, **kwargs)
+            return self._eager(function, module, query, key, value, *args, **kwargs)
+
+        return seen
+
+    def _eager(
+        self,
+        function: Callable[..., Any],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if module.training:
+            refuse_attention_dropout(kwargs.get("dropout") or 0.0)
+        weights = None
+
+        def run() -> Tensor:
+            nonlocal weights
+            out, weights = function(module, query, key, value, attention_mask, *args, **kwargs)
+            return out.transpose(1, 2)
+
+        call = AttentionCall(
+            query,
+            key,
+            value,
+            attention_mask if attention_mask is None else attention_mask[..., : key.shape[2]],
+            False,
+            kwargs.get("scaling") or query.shape[-1] ** -0.5,
+            kwargs.get("softcap"),
+            run,
+        )
+        return self.handler.attention(_checked(call)).transpose(1, 2), weights
+
+
+def refuse_attention_dropout(p: float) -> None:
+    """Dropout of attention weights is keyed on pairs of tokens, which stock kernels cannot replay.
+
+    Raises:
+        ReplayError: `p` is not 0.
+    """
+    if p:
+        raise ReplayError(
+            f"attention dropout {p} cannot be replayed on some rows: set it to 0 in the model's "
+            "config (attention_dropout, attn_pdrop or attention_probs_dropout_prob); dropout "
+            "elsewhere may stay"
+        )
+
+
+def _checked(call: AttentionCall) -> AttentionCall:
+    if call.q.dim() != 4 or call.k.shape[2] != call.q.shape[2]:
+        raise ReplayError(
+            f"attention of queries {list(call.q.shape)} to keys {list(call.k.shape)} is not self-"
+            "attention [B, H, T, D] over its own tokens (cross-attention or a cached prefix)"
+        )
+    if call.mask is not None and call.mask.requires_grad:
+        raise ReplayError(
+            "its attention mask requires grad (a learned bias), which a replay of some rows cannot "
+            "give: freeze it"
+        )
+    if call.mask is not None and call.mask.dim() != 4:
+        mask = call.mask
+        call.mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+    return call
+
+
+def _as_autocast(call: AttentionCall) -> AttentionCall:
+    """What autocast does to SDPA's inputs, which the fused ops below it do not do themselves."""
+    device = call.q.device.type
+    if not torch.is_autocast_enabled(device):
+        return call
+    dtype = torch.get_autocast_dtype(device)
+    call.q, call.k, call.v = (x.to(dtype) for x in (call.q, call.k, call.v))
+    if call.repeated is not None:
+        k, v = call.repeated
+        call.repeated = k.to(dtype), v.to(dtype)
+    if call.mask is not None and call.mask.is_floating_point():
+        call.mask = call.mask.to(dtype)
+    return call
+
+
+def _patch_interface() -> bool:
+    """Let transformers ask the current thread's tap; threads without one see no difference."""
+    global _patched, _original
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None:
+        return False
+    with _lock:
+        _patched += 1
+        if _patched > 1:
+            return True
+        _original = modeling.AttentionInterface.get_interface
+
+        def get_interface(self: Any, attn_implementation: str, default: Any) -> Any:
+            function = _original(self, attn_implementation, default)
+            tap = _current.tap
+            return function if tap is None else tap.interface(attn_implementation, function)
+
+        modeling.AttentionInterface.get_interface = get_interface
+    return True
+
+
+def _unpatch_interface() -> None:
+    global _patched
+    with _lock:
+        _patched -= 1
+        if _patched == 0:
+            sys.modules["transformers.modeling_utils"].AttentionInterface.get_interface = _original
+
+
+@contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn inside, the generators afterwards are as before."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        yield

@@ -1,0 +1,216 @@
+"""Before a block's first sparse step: does a replay of some rows say what the dense pass said?
+
+A random half of the tokens is replayed and compared: queries, keys and values at the rows, the
+attention function as understood (mask, scale, cap) against its real output, and the block's output.
+Right and wrong are orders of magnitude apart, so a block that cannot be replayed is refused by name
+instead of training on a wrong gradient.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_sage import ops
+from lightning_sage.arguments import ReplayError
+from lightning_sage.cache import keep_attention, keep_hidden
+from lightning_sage.intercept import AttentionCall, Tap, random_state_kept
+from lightning_sage.replay import Recorder, Replayer, Rows, Seen
+from lightning_sage.session import Seed
+
+if TYPE_CHECKING:
+    from lightning_sage.block import Job
+
+# rows of a sample that are compared
+ROWS = 16
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def first_call(job: Job) -> None:
+    """Check a call of a kind that this block has not passed yet.
+
+    Raises:
+        ReplayError: The replay disagrees, or the block draws random numbers it cannot repeat.
+    """
+    session, wrapped = job.session, job.wrapped
+    kind = (job.block.training, job.arguments.signature)
+    if kind in wrapped.checked and not session.force_check:
+        return
+    hidden = job.hidden
+    with torch.no_grad(), random_state_kept(hidden.device):
+        if session.measure_dense and wrapped.index not in session.dense_bytes:
+            session.dense_bytes[wrapped.index] = dense_bytes(job)
+        if _compare(job, hidden):
+            wrapped.checked.add(kind)
+
+
+def _compare(job: Job, hidden: Tensor) -> bool:
+    """True when all that was finite agreed, False when nothing was finite.
+
+    Raises:
+        ReplayError: See :func:`first_call`.
+    """
+    recorder = Recorder(Seed(1), hidden)
+    watch: list[str] = []
+    out = job.run(recorder, *job.arguments.call(), tap=_watching(watch, hidden.device))
+    if watch:
+        raise ReplayError(
+            f"it draws random numbers ({', '.join(sorted(set(watch)))}), which a replay of some "
+            "rows cannot repeat: switch that off, or leave the block dense with dense_blocks"
+        )
+    valid = job.session.valid(hidden)
+    visible = [job.session.visibility(s.call.mask, s.call.causal, valid) for s in recorder.seen]
+    rows = Rows.of(_half(valid))
+    finite = out.flatten(0, 1)[rows.index].isfinite().all(-1)
+    if not bool(finite.any()):
+        return False
+    kept = [keep_attention(seen, rows, full=False) for seen in recorder.seen]
+    comparer = _Comparer(rows, recorder.seen, finite, Replayer(Seed(1), rows, kept, visible))
+    own = keep_hidden(hidden, rows)
+    again = job.run(comparer, *job.packed_call(rows, own, job.leaves())).squeeze(0)
+    if comparer.calls != len(recorder.seen):
+        raise ReplayError(
+            f"its replay made {comparer.calls} attention calls where the forward made "
+            f"{len(recorder.seen)}"
+        )
+    dense = ops.gather_rows(out, rows.index)
+    # the residual stream may be large; what counts is what the block adds to it
+    size = _norms(dense - own) + 1e-3 * _norms(dense)
+    hint = "" if recorder.seen else "; no attention call was seen, so its own may be hidden"
+    comparer.judge("output", again, dense, size, hint)
+    return True
+
+
+def _watching(found: list[str], device: torch.device) -> type[Tap]:
+    """A tap that notes the functions that moved a random generator."""
+
+    class Watching(Tap):
+        def __torch_function__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
+            before = _generators(device)
+            result = super().__torch_function__(func, types, args, kwargs)
+            if any(not torch.equal(x, y) for x, y in zip(before, _generators(device), strict=True)):
+                found.append(getattr(func, "__name__", str(func)))
+            return result
+
+    return Watching
+
+
+def _generators(device: torch.device) -> list[Tensor]:
+    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *cuda]
+
+
+def _half(valid: Tensor) -> Tensor:
+    """A fixed random half of each sample's valid tokens, and at most `ROWS` of them."""
+    index = torch.arange(valid.numel(), device=valid.device).view_as(valid)
+    key = ops.uniform(1, 0, index).masked_fill(~valid, 2.0)
+    count = ((valid.sum(1, keepdim=True) + 1) // 2).clamp(max=ROWS)
+    return valid & (key.argsort(1).argsort(1) < count)
+
+
+def _norms(x: Tensor) -> Tensor:
+    return x.double().flatten(1).norm(dim=1)
+
+
+class _Comparer:
+    """A replay's handler that compares what it is shown with the dense pass."""
+
+    def __init__(self, rows: Rows, seen: list[Seen], finite: Tensor, replayer: Replayer) -> None:
+        self.rows, self.seen, self.finite, self.replayer = rows, seen, finite, replayer
+        self.dropout = replayer.dropout
+        self.precise = True
+
+    @property
+    def calls(self) -> int:
+        """Attention calls so far."""
+        return self.replayer.calls
+
+    def judge(self, what: str, got: Tensor, want: Tensor, size: Tensor, hint: str = "") -> None:
+        """Compare rows, ``[N, ...]``.
+
+        Raises:
+            ReplayError: They are not the same.
+        """
+        if got.shape != want.shape:
+            raise ReplayError(f"its {what} has shape {list(got.shape)}, not {list(want.shape)}")
+        errors = (_norms(got.double() - want.double()) / size.clamp(min=1e-30))[self.finite]
+        # in half precision a tie may fall the other way in a row or two (routers of experts)
+        error = float(errors.max() if want.dtype.itemsize > 2 else errors.quantile(0.9))
+        allowed = TOLERANCE[want.dtype]
+        if self.replayer.kept and want.dtype.itemsize > self.replayer.kept[0].out.dtype.itemsize:
+            allowed = TOLERANCE[self.replayer.kept[0].out.dtype]
+        if not error <= allowed:
+            raise ReplayError(
+                f"a replay of some rows gives another {what} than the forward (relative error "
+                f"{error:.1e}, allowed {allowed:.0e}){hint}: leave the block dense with "
+                "SagePolicy(dense_blocks=...), or name other blocks with SagePolicy(blocks=...)"
+            )
+
+    def attention(self, call: AttentionCall) -> Tensor:
+        """Compare queries, keys, values and the attention function itself at the rows."""
+        if self.calls >= len(self.seen):
+            raise ReplayError("its replay makes more attention calls than the forward")
+        seen, kept = self.seen[self.calls], self.replayer.kept[self.calls]
+        sight = self.replayer.visible[self.calls]
+        T = self.rows.T
+        sample, token = self.rows.index // T, self.rows.index % T
+        for name in ("q", "k", "v"):
+            want = getattr(seen.call, name)[sample, :, token]
+            size = _norms(want) + 1e-3 * _norms(want).max()
+            self.judge(f"attention input {name}", getattr(call, name)[0].transpose(0, 1), want, size)
+        self._judge_function(seen, kept.out, kept.lse, sight)
+        return self.replayer.attention(call)
+
+    def _judge_function(self, seen: Seen, out: Tensor, lse: Tensor, sight: Any) -> None:
+        """The attention as understood here against what the model computed."""
+        q, k, v = seen.call.q, seen.call.k, seen.call.v
+        for part, samples, tokens in self.rows.groups():
+            at = tokens[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
+            mask, positions = sight.all_keys(samples, tokens)
+            rule = ops.Rule(seen.call.scale, seen.call.softcap, mask, positions)
+            got, got_lse = ops.attention(q[samples].gather(2, at), k[samples], v[samples], rule)
+            got, got_lse = (x.transpose(1, 2).flatten(0, 1) for x in (got, got_lse))
+            finite, self.finite = self.finite, self.finite[part]
+            want = out[part]
+            hint = f"; it is attention of {seen.call.q.shape[1]} heads with something unknown in it"
+            self.judge("attention output", got, want, _norms(want) + 1e-3 * _norms(want).max(), hint)
+            close = torch.ones_like(lse[part, 0]) * lse.shape[1] ** 0.5
+            self.judge("log-sum-exp", got_lse.to(lse.dtype), lse[part], close + _norms(lse[part]), hint)
+            self.finite = finite
+
+
+def dense_bytes(job: Job) -> int:
+    """Bytes that a dense forward of the block saves for backward; its graph is dropped at once.
+
+    Parameters, buffers and arguments that blocks share are not counted.
+    """
+    block = job.block
+    shared = {id_of(x) for x in [*block.parameters(), *block.buffers(), *job.leaves().values()]}
+    saved: dict[int, int] = {}
+    keep: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        if id_of(x) not in shared and id_of(x) not in saved:
+            saved[id_of(x)] = x.untyped_storage().nbytes()
+            keep.append(x)
+        return x
+
+    hidden = job.hidden.detach()
+    with (
+        torch.enable_grad(),
+        job.surroundings.restored(),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+    ):
+        args, kwargs = job.arguments.call({job.arguments.hidden: hidden.requires_grad_()})
+        output = job.wrapped.run(block, *args, **kwargs)
+    del output
+    return sum(saved.values())
+
+
+def id_of(x: Tensor) -> int:
+    """Identity of a tensor's storage while it lives."""
+    return x.untyped_storage()._cdata

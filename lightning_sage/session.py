@@ -1,0 +1,260 @@
+"""What the blocks of one installation share: the policy, the batch's loss rows, and the records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sage import ops
+from lightning_sage.arguments import ReplayError
+from lightning_sage.masks import Visibility, visibility
+from lightning_sage.policy import Chosen, SagePolicy
+from lightning_sage.replay import Seen
+
+# draws of one seed that must not be the same numbers
+KEEP_STREAM, REPLAY_STREAM = -1, -2
+
+
+@dataclass
+class BlockRecord:
+    """What one block did with the latest batch.
+
+    Attributes:
+        name: Name of the block in the model.
+        valid: ``[B, T]`` bool, False on padding.
+        kept: ``[B, T]`` bool.
+        cached_bytes: Bytes held between forward and backward for this block alone.
+        replayed: ``[B, T]`` bool, or None before a backward pass.
+        weights: ``[B, T]``, the factor of each replayed row's branch gradient (1/p, or 1 where
+            nothing was drawn) and 0 elsewhere; None before a backward pass.
+        seed: Of the block's dropout and draws; None where nothing was random.
+    """
+
+    name: str
+    valid: Tensor
+    kept: Tensor
+    cached_bytes: int = 0
+    replayed: Tensor | None = None
+    weights: Tensor | None = None
+    seed: int | None = None
+
+
+class Session:
+    """State of an installation while its model trains.
+
+    Args:
+        policy: What to keep and replay.
+    """
+
+    def __init__(self, policy: SagePolicy) -> None:
+        self.policy = policy
+        self.records: dict[int, BlockRecord] = {}
+        self.batch: Mapping[str, Any] = {}
+        self.force_check = False
+        self.measure_dense = False
+        self.dense_bytes: dict[int, int] = {}
+        self.skip_rows: tuple[Tensor, Visibility] | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._depth = 0
+        self._said: dict[str, Any] = {}
+        self._masks: list[tuple[Tensor, int, Tensor, Visibility]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What deepcopy and pickle take along: nothing that belongs to a forward under way."""
+        passing = ("_depth", "_said", "_masks", "batch", "records", "skip_rows")
+        return {name: value for name, value in vars(self).items() if name not in passing}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.batch, self.records, self.skip_rows = {}, {}, None
+        self._reset()
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of every module above a block: learn labels and padding from keywords.
+
+        Raises:
+            ValueError: `output_attentions` is requested in a training forward.
+        """
+        if self._depth == 0:
+            self._reset()
+        self._depth += 1
+        if kwargs.get("output_attentions") and torch.is_grad_enabled():
+            raise ValueError(
+                "output_attentions=True asks for every attention weight, which a training forward "
+                "with SAGE never holds: leave it out, or ask under torch.no_grad()"
+            )
+        for name in ("labels", "attention_mask"):
+            if isinstance(kwargs.get(name), Tensor):
+                self._said[name] = kwargs[name]
+                self._said["owner"] = type(module).__name__
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of every module above a block, also called when the forward raised."""
+        self._depth -= 1
+        if self._depth <= 0:
+            self._reset()
+
+    def _heard(self, name: str) -> Any:
+        value = self._said.get(name)
+        return value if value is not None else self.batch.get(name)
+
+    def valid(self, hidden: Tensor) -> Tensor:
+        """``[B, T]`` bool, False on padding, as far as the batch tells."""
+        mask = self._heard("attention_mask")
+        if isinstance(mask, Tensor) and mask.shape == hidden.shape[:2]:
+            return mask.to(hidden.device) != 0
+        return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+
+    def visibility(self, mask: Tensor | None, causal: bool, valid: Tensor) -> Visibility:
+        """What `mask` means; looked at once a forward, however many blocks share it."""
+        if mask is None:
+            return Visibility(causal)
+        for known, version, for_valid, found in self._masks:
+            if known is mask and version == mask._version and torch.equal(for_valid, valid):
+                return found
+        found = visibility(mask, causal, valid)
+        self._masks = [*self._masks[-3:], (mask, mask._version, valid, found)]
+        return found
+
+    def loss_rows(self, valid: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+        """Query rows whose attention counts, and rows that bear loss.
+
+        Args:
+            valid: ``[B, T]`` bool.
+            causal: Whether tokens see no later ones: then labels are those of the next token, and
+                a sequence is judged by its last token.
+
+        Returns:
+            Both ``[B, T]`` bool. They differ for a sequence label on an encoder alone, whose head
+            may read the first token or all: all count as queries, the first is a loss row.
+
+        Raises:
+            ValueError: `queries="labels"` and no token labels are known.
+        """
+        queries, labels = self.policy.queries, self._heard("labels")
+        per_token = isinstance(labels, Tensor) and labels.shape == valid.shape
+        per_token = per_token and not labels.is_floating_point()
+        order = valid.long().cumsum(-1)
+        last = valid & (order == order[:, -1:])
+        if queries == "labels" and not per_token:
+            raise ValueError(
+                "queries='labels' needs integer labels [B, T] as a keyword of the model's forward "
+                "or in the batch, and none were seen; use queries='auto', 'last' or 'all'"
+            )
+        if queries == "last":
+            return last, last
+        if queries == "all" or not isinstance(labels, Tensor):
+            return valid, valid
+        if not per_token:
+            return (last, last) if causal else (valid, valid & (order == 1))
+        labelled = labels.to(valid.device) != -100
+        if causal and "TokenClassification" not in self._said.get("owner", ""):
+            labelled = torch.cat([labelled[:, 1:], torch.zeros_like(labelled[:, :1])], dim=1)
+        return labelled & valid, labelled & valid
+
+    def choose(
+        self, name: str, valid: Tensor, seen: list[Seen], visible: list[Visibility], seed: Seed
+    ) -> tuple[Chosen, Tensor | None]:
+        """Rows to keep, and the saliency ``[B, T]`` where the policy uses one.
+
+        Raises:
+            ReplayError: The policy needs saliency and the block made no attention call.
+        """
+        keeper, replayer = self.policy.keeper, self.policy.replayer
+        queries, loss_rows = self.loss_rows(valid, any(v.causal for v in visible))
+        scores = None
+        if keeper.needs_scores or (replayer is not None and replayer.saliency_in_replay):
+            if seen:
+                scores = saliency(self.policy.saliency, seen, visible, queries, valid)
+            elif keeper.needs_scores:
+                raise ReplayError(
+                    f"block '{name}' made no attention call that can be seen, and {keeper!r} needs "
+                    "its saliency: use AllTokens() or RandomTokens(...)"
+                )
+        index = torch.arange(valid.numel(), device=valid.device).view_as(valid)
+        noise = ops.uniform(int(seed), KEEP_STREAM, index) if keeper.random else index.double()
+        priority = self.policy.priority(valid, loss_rows)
+        known = torch.zeros(valid.shape, dtype=torch.float64, device=valid.device)
+        return keeper.keep(known if scores is None else scores, valid, priority, noise), scores
+
+
+class Seed:
+    """A seed drawn from the default generator when first asked for; 31 bits.
+
+    Drawing nothing where nothing is random leaves the user's random stream as it is, and drawing
+    from it makes a run resumed with its generator's state repeat itself.
+    """
+
+    def __init__(self, value: int | None = None) -> None:
+        self.value = value
+
+    def __int__(self) -> int:
+        if self.value is None:
+            self.value = int(torch.randint(2**31, ()))
+        return self.value
+
+
+def saliency(
+    kind: str, seen: list[Seen], visible: list[Visibility], queries: Tensor, valid: Tensor
+) -> Tensor:
+    """Score of every token: attention received, value norm, or their product, summed over heads.
+
+    Args:
+        kind: As in :class:`SagePolicy`.
+        seen: The block's attention calls.
+        visible: What their masks mean.
+        queries: ``[B, T]`` bool, rows whose attention counts.
+        valid: ``[B, T]`` bool.
+
+    Returns:
+        ``[B, T]`` float64, 0 on padding, summing to 1 per sample.
+    """
+    total = torch.zeros(valid.shape, dtype=torch.float64, device=valid.device)
+    for (call, _, lse), sight in zip(seen, visible, strict=True):
+        norms = call.v.float().norm(dim=-1)
+        if kind == "value_norm":
+            total += norms.sum(1)
+            continue
+        received = _received(call.q, call.k, lse, sight, queries, call.scale, call.softcap)
+        if kind == "attention_value_norm":
+            received = received.unflatten(1, (norms.shape[1], -1)) * norms.unsqueeze(2)
+            received = received.flatten(1, 2)
+        total += received.sum(1)
+    total = total.nan_to_num_(0.0, posinf=0.0).masked_fill_(~valid, 0.0)
+    return total / total.sum(-1, keepdim=True).clamp(min=1e-300)
+
+
+def _received(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    sight: Visibility,
+    queries: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Attention received from the query rows, ``[B, H, T]``."""
+    B, H, T, D = q.shape
+    count = int(queries.sum(1).max())
+    tokens = queries.long().argsort(dim=1, descending=True, stable=True)[:, :count]
+    weights = queries.gather(1, tokens).to(lse.dtype)
+    samples = torch.arange(B, device=q.device)
+    total = lse.new_zeros(B, H, T)
+    for part in ops.chunks(q[:, :, :count], T):
+        at = tokens[:, part]
+        mask, positions = sight.all_keys(samples, at)
+        rows = at[:, None].expand(-1, H, -1)
+        total += ops.attention_received(
+            q.gather(2, rows[..., None].expand(-1, -1, -1, D)),
+            k,
+            lse.gather(2, rows),
+            weights[:, part],
+            ops.Rule(scale, softcap, mask, positions),
+        )
+    return total
