@@ -143,8 +143,8 @@ class Arguments:
         for i, axis in axes.items():
             if axis is Axis.PAIRS and leaves[i].requires_grad:
                 raise ReplayError(
-                    f"argument '{names[i]}' is a mask or bias that requires grad, which a replay of "
-                    "some rows cannot give: freeze it"
+                    f"argument '{names[i]}' is a mask or bias that requires grad, which a "
+                    "replay of some rows cannot give: freeze it"
                 )
         return cls(leaves, axes, names, spec, hidden)
 
@@ -162,7 +162,9 @@ class Arguments:
         """Indices of the tensors, besides the hidden states, that a replay has to see."""
         return [i for i in self.axes if i != self.hidden]
 
-    def call(self, replaced: dict[int, Any] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def call(
+        self, replaced: dict[int, Any] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments and keywords, with some leaves replaced."""
         leaves = list(self.leaves)
         for i, x in (replaced or {}).items():

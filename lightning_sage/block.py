@@ -2,56 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils import _pytree as pytree
 
 from lightning_sage import ops, selfcheck
-from lightning_sage.arguments import Arguments, Axis, ReplayError
+from lightning_sage.arguments import Arguments, ReplayError
 from lightning_sage.cache import SparseCache, keep_attention, keep_hidden, restored, sub_cache
-from lightning_sage.intercept import Handler, Tap
+from lightning_sage.job import ATTRIBUTE, Job, Surroundings, Wrapped, trainable
 from lightning_sage.masks import Visibility
 from lightning_sage.replay import PackedForward, Recorder, Replayer, Rows
-from lightning_sage.session import REPLAY_STREAM, BlockRecord, Seed, Session
-
-ATTRIBUTE = "_sage"
-
-
-@dataclass
-class Wrapped:
-    """What an installation leaves on a block, as its attribute `_sage`.
-
-    Attributes:
-        name: Name of the block in the model.
-        index: Place among the wrapped blocks.
-        session: Shared by all of them.
-        skips: Whether unselected tokens skip this block in the forward pass too.
-        chooses: Whether later blocks skip what this one did not keep.
-        previous: An instance attribute `forward` found on the block, if any.
-        checkpointing: What the block's `gradient_checkpointing` was, if it had been set.
-        checked: Signatures of calls that passed the self-check.
-    """
-
-    name: str
-    index: int
-    session: Session
-    skips: bool = False
-    chooses: bool = False
-    previous: Callable[..., Any] | None = None
-    checkpointing: Any = None
-    checked: set[Any] = field(default_factory=set)
-
-    def run(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The block's own forward."""
-        if self.previous is not None:
-            return self.previous(*args, **kwargs)
-        return type(block).forward(block, *args, **kwargs)
+from lightning_sage.session import REPLAY_STREAM, BlockRecord
 
 
 def sparse_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -71,12 +36,12 @@ def sparse_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return wrapped.run(block, *args, **kwargs)
     try:
         arguments = Arguments.of(block, args, kwargs)
-        slots = _trainable(block)
+        slots = trainable(block)
         hidden = arguments.leaves[arguments.hidden]
         extra = [arguments.leaves[i] for i in arguments.differentiable()]
         if not (slots or extra or hidden.requires_grad):
             return wrapped.run(block, *args, **kwargs)
-        job = Job(block, wrapped, arguments, slots, _Surroundings(hidden.device))
+        job = Job(block, wrapped, arguments, slots, Surroundings(hidden.device))
         selfcheck.first_call(job)
         out = _Sparse.apply(job, hidden, *extra, *(getattr(m, n) for m, n in slots))
         return job.output(out)
@@ -84,144 +49,6 @@ def sparse_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if error.args and str(error).startswith("block '"):
             raise
         raise ReplayError(f"block '{wrapped.name}' ({type(block).__name__}): {error}") from error
-
-
-def _trainable(block: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Where the trainable parameters are, each once.
-
-    Slots and not tensors, because sharding strategies swap the tensors between forward and
-    backward.
-    """
-    slots: dict[int, tuple[nn.Module, str]] = {}
-    for module in block.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad:
-                slots.setdefault(id(parameter), (module, name))
-    return list(slots.values())
-
-
-class _Surroundings:
-    """Autocast and default dtype of a forward pass, to be found again in its replay.
-
-    Weight casts are not cached: one made without grad would take the weight's gradient with it.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.casts = [
-            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-            for kind in {"cpu", device.type}
-            if torch.amp.is_autocast_available(kind)
-        ]
-        self.dtype = torch.get_default_dtype()
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """The surroundings again, and whatever there is now afterwards."""
-        before = torch.get_default_dtype()
-        with ExitStack() as stack:
-            for kind, dtype, enabled in self.casts:
-                if enabled or torch.is_autocast_enabled(kind):
-                    stack.enter_context(
-                        torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
-                    )
-            torch.set_default_dtype(self.dtype)
-            try:
-                yield
-            finally:
-                torch.set_default_dtype(before)
-
-
-class Job:
-    """One call of one block, from its forward to its backward; holds no tensor after forward."""
-
-    def __init__(
-        self,
-        block: nn.Module,
-        wrapped: Wrapped,
-        arguments: Arguments,
-        slots: list[tuple[nn.Module, str]],
-        surroundings: _Surroundings,
-    ) -> None:
-        self.block, self.wrapped, self.session = block, wrapped, wrapped.session
-        self.arguments, self.slots, self.surroundings = arguments, slots, surroundings
-        self.seed = Seed()
-        hidden = arguments.leaves[arguments.hidden]
-        self.B, self.T, self.C = hidden.shape
-        self.extra, self.shared = arguments.differentiable(), arguments.shared()
-        self.versions = [getattr(m, n)._version for m, n in slots]
-        self.causal: list[bool] = []
-        self._outputs: tuple[list[Any], pytree.TreeSpec, int] | None = None
-
-    @property
-    def hidden(self) -> Tensor:
-        """The block's input ``[B, T, C]``, until it is released."""
-        hidden: Tensor = self.arguments.leaves[self.arguments.hidden]
-        return hidden
-
-    def run(
-        self,
-        handler: Handler,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        tap: type[Tap] = Tap,
-    ) -> Tensor:
-        """Hidden states after the block; its other outputs are remembered.
-
-        Raises:
-            ReplayError: The block does not return hidden states, or other tensors with a gradient.
-        """
-        with self.surroundings.restored(), tap(handler):
-            output = self.wrapped.run(self.block, *args, **kwargs)
-        leaves, spec = pytree.tree_flatten(output)
-        inputs = pytree.tree_leaves((args, kwargs))
-        place = next((i for i, x in enumerate(leaves) if isinstance(x, Tensor)), None)
-        if place is None or leaves[place].shape != inputs[self.arguments.hidden].shape:
-            raise ReplayError("its first output is not hidden states of the shape of its input")
-        known = {id(x) for x in inputs}
-        for i, x in enumerate(leaves):
-            if i != place and isinstance(x, Tensor) and id(x) not in known:
-                weights = x.dim() == 4 and x.shape[-1] == x.shape[-2] == leaves[place].shape[1]
-                if x.is_floating_point() and not weights:
-                    raise ReplayError(
-                        f"it returns a second tensor of shape {list(x.shape)}, whose gradient a "
-                        "replay of some rows cannot give"
-                    )
-        self._outputs = leaves, spec, place
-        out: Tensor = leaves[place]
-        return out
-
-    def output(self, hidden: Tensor) -> Any:
-        """What the block returned, with `hidden` in the place of its hidden states."""
-        assert self._outputs is not None
-        leaves, spec, place = self._outputs
-        self._outputs = None
-        leaves[place] = hidden
-        return pytree.tree_unflatten(leaves, spec)
-
-    def packed_call(
-        self, rows: Rows, hidden: Tensor, leaves: dict[int, Tensor]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments for packed rows.
-
-        Args:
-            rows: The rows.
-            hidden: ``[N, C]``.
-            leaves: The other tensors, whole, by index.
-        """
-        replaced: dict[int, Any] = {
-            i: self.arguments.packed(i, x, rows.index, self.T) for i, x in leaves.items()
-        }
-        replaced[self.arguments.hidden] = hidden.unsqueeze(0)
-        return self.arguments.call(replaced)
-
-    def leaves(self) -> dict[int, Tensor]:
-        """The tensors besides the hidden states."""
-        return {i: self.arguments.leaves[i] for i in self.shared}
-
-    def release(self) -> None:
-        """Forget the tensors of the forward."""
-        for i in self.arguments.axes:
-            self.arguments.leaves[i] = None
 
 
 def _keep_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
@@ -292,20 +119,8 @@ class _Sparse(torch.autograd.Function):
             raise ReplayError("it returns its input")
         tensors = cache.tensors()
         job.causal = cache.order()
-        leaves = [
-            # attention has taken what it needs of a mask
-            None if job.arguments.axes[i] is Axis.PAIRS else job.arguments.leaves[i]
-            for i in job.shared
-        ]
-        ctx.save_for_backward(*tensors, *leaves)
-        shapes = {i: job.arguments.leaves[i] for i in job.shared}
-        job.pairs = {
-            i: x.new_empty(()).expand(x.shape)
-            for i, x in shapes.items()
-            if job.arguments.axes[i] is Axis.PAIRS
-        }
+        ctx.save_for_backward(*tensors, *job.release())
         ctx.job, ctx.held = job, len(tensors)
-        job.release()
         return out
 
     @staticmethod
@@ -314,7 +129,7 @@ class _Sparse(torch.autograd.Function):
         job: Job = ctx.job
         saved = ctx.saved_tensors
         cache = restored(saved[: ctx.held], job.causal)
-        leaves = dict(zip(job.shared, saved[ctx.held :], strict=True)) | job.pairs
+        leaves = job.restored(saved[ctx.held :])
         wants = ctx.needs_input_grad[1:]
         grads = _replay(job, cache, leaves, grad, wants)
         return None, *grads

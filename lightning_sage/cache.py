@@ -67,9 +67,9 @@ def restored(tensors: tuple[Tensor | None, ...], causal: list[bool]) -> SparseCa
 
 
 def keep_attention(seen: Seen, rows: Rows, full: bool) -> Kept:
-    """What a dense attention call leaves: output and log-sum-exp at the rows, all keys if `full`."""
+    """What a dense attention call leaves: output and log-sum-exp at the rows, or all keys too."""
     B, _, T, _ = seen.out.shape
-    if B * T == len(rows.index):
+    if len(rows.index) == B * T:
         out, lse = seen.out.transpose(1, 2).flatten(0, 1), seen.lse.transpose(1, 2).flatten(0, 1)
         # a view of more than it shows would keep the whole alive
         out, lse = out.contiguous(), lse.contiguous()

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_sage.block import ATTRIBUTE, Wrapped, sparse_forward
+from lightning_sage.block import sparse_forward
+from lightning_sage.job import ATTRIBUTE, Wrapped
 from lightning_sage.policy import SagePolicy
 from lightning_sage.session import BlockRecord, Session
 
@@ -50,7 +51,7 @@ def find_blocks(model: nn.Module, policy: SagePolicy) -> dict[str, nn.Module]:
     inner = [n for n in found for outer in found if n.startswith(f"{outer}.")]
     if inner:
         raise ValueError(
-            f"blocks {inner[:3]} lie inside other blocks: name one level with SagePolicy(blocks=...)"
+            f"blocks {inner[:3]} lie inside other blocks: name one level with blocks=..."
         )
     return found
 
@@ -158,7 +159,9 @@ def install(
     policy = policy or SagePolicy()
     blocks = find_blocks(model, policy)
     if any(ATTRIBUTE in m.__dict__ for m in model.modules()):
-        raise ValueError("SAGE is installed on this model already: remove() that installation first")
+        raise ValueError(
+            "SAGE is installed on this model already: remove() that installation first"
+        )
     dense = policy.left_dense(len(blocks))
     wrapped = {n: m for i, (n, m) in enumerate(blocks.items()) if i not in dense}
     session = Session(replace(policy, blocks=None))
@@ -170,7 +173,7 @@ def install(
         mark.previous = block.__dict__.get("forward")
         if getattr(block, "gradient_checkpointing", False):
             mark.checkpointing = True
-            block.gradient_checkpointing = False
+            setattr(block, "gradient_checkpointing", False)  # noqa: B010 - of unknown type
         block.__dict__[ATTRIBUTE] = mark
         block.forward = types.MethodType(sparse_forward, block)
     if any(b.__dict__[ATTRIBUTE].checkpointing for b in wrapped.values()):

@@ -124,7 +124,7 @@ class Tap(TorchFunctionMode):
         if not training or p == 0:
             return input
         out = self.handler.dropout(input, p)
-        return input.copy_(out) if inplace else out
+        return out if not inplace else input.copy_(out)
 
     def interface(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """An attention function of transformers, seen by the handler."""
@@ -170,7 +170,8 @@ class Tap(TorchFunctionMode):
             kwargs.get("softcap"),
             run,
         )
-        return self.handler.attention(_checked(call)).transpose(1, 2), weights
+        out = self.handler.attention(_checked(call))
+        return out.transpose(1, 2), weights
 
 
 def refuse_attention_dropout(p: float) -> None:

@@ -60,7 +60,8 @@ class Rows:
 
 def batched(x: Tensor, part: slice, samples: int) -> Tensor:
     """Packed ``[1, H, N, D]`` to ``[B', H, K, D]``, for one group."""
-    return x[0, :, part].unflatten(1, (samples, -1)).transpose(0, 1)
+    rows: Tensor = x[0, :, part].unflatten(1, (samples, -1))
+    return rows.transpose(0, 1)
 
 
 def packed(x: Tensor) -> Tensor:
@@ -82,10 +83,26 @@ class Seen(NamedTuple):
     lse: Tensor
 
 
+class Seed:
+    """A seed drawn from the default generator when first asked for; 31 bits.
+
+    Drawing nothing where nothing is random leaves the user's random stream as it is, and drawing
+    from it makes a run resumed with its generator's state repeat itself.
+    """
+
+    def __init__(self, value: int | None = None) -> None:
+        self.value = value
+
+    def __int__(self) -> int:
+        if self.value is None:
+            self.value = int(torch.randint(2**31, ()))
+        return self.value
+
+
 class _RowDropout:
     """Dropout whose mask depends on the row alone; the same in every pass over a batch."""
 
-    def __init__(self, seed: int, rows: Tensor, shape: tuple[int, int]) -> None:
+    def __init__(self, seed: Seed, rows: Tensor, shape: tuple[int, int]) -> None:
         self.seed, self.rows, self.shape, self.drops = seed, rows, shape, 0
 
     def dropout(self, x: Tensor, p: float) -> Tensor:
@@ -97,7 +114,7 @@ class _RowDropout:
                 "it cannot be replayed on some of them: set its probability to 0"
             )
         width = x[(0,) * len(leading)].numel() if x.numel() else 1
-        mask = ops.dropout_mask(self.seed, self.drops, self.rows, width, p)
+        mask = ops.dropout_mask(int(self.seed), self.drops, self.rows, width, p)
         self.drops += 1
         return x * mask.view(x.shape).to(x.dtype).div_(1 - p)
 
@@ -105,7 +122,7 @@ class _RowDropout:
 class Recorder(_RowDropout):
     """Dense forward: runs attention as the model would and remembers it."""
 
-    def __init__(self, seed: int, hidden: Tensor) -> None:
+    def __init__(self, seed: Seed, hidden: Tensor) -> None:
         rows = torch.arange(hidden.shape[:2].numel(), device=hidden.device)
         super().__init__(seed, rows, (hidden.shape[0], hidden.shape[1]))
         self.seen: list[Seen] = []
@@ -126,7 +143,7 @@ class Recorder(_RowDropout):
 class PackedForward(_RowDropout):
     """Forward over chosen rows only, which attend to one another."""
 
-    def __init__(self, seed: int, rows: Rows, visible: Visibility) -> None:
+    def __init__(self, seed: Seed, rows: Rows, visible: Visibility) -> None:
         super().__init__(seed, rows.index, (1, len(rows.index)))
         self.chosen, self.visible = rows, visible
         self.seen: list[Seen] = []
@@ -172,7 +189,7 @@ class Kept(NamedTuple):
 class Replayer(_RowDropout):
     """Replay of chosen rows: attention returns what it returned, and has a sparse backward."""
 
-    def __init__(self, seed: int, rows: Rows, kept: list[Kept], visible: list[Visibility]) -> None:
+    def __init__(self, seed: Seed, rows: Rows, kept: list[Kept], visible: list[Visibility]) -> None:
         super().__init__(seed, rows.index, (1, len(rows.index)))
         self.chosen, self.kept, self.visible = rows, kept, visible
         self.calls = 0

@@ -17,11 +17,10 @@ from lightning_sage import ops
 from lightning_sage.arguments import ReplayError
 from lightning_sage.cache import keep_attention, keep_hidden
 from lightning_sage.intercept import AttentionCall, Tap, random_state_kept
-from lightning_sage.replay import Recorder, Replayer, Rows, Seen
-from lightning_sage.session import Seed
+from lightning_sage.replay import Recorder, Replayer, Rows, Seed, Seen
 
 if TYPE_CHECKING:
-    from lightning_sage.block import Job
+    from lightning_sage.job import Job
 
 # rows of a sample that are compared
 ROWS = 16
@@ -109,7 +108,8 @@ def _half(valid: Tensor) -> Tensor:
     index = torch.arange(valid.numel(), device=valid.device).view_as(valid)
     key = ops.uniform(1, 0, index).masked_fill(~valid, 2.0)
     count = ((valid.sum(1, keepdim=True) + 1) // 2).clamp(max=ROWS)
-    return valid & (key.argsort(1).argsort(1) < count)
+    chosen = valid & (key.argsort(1).argsort(1) < count)
+    return chosen
 
 
 def _norms(x: Tensor) -> Tensor:
@@ -161,7 +161,9 @@ class _Comparer:
         for name in ("q", "k", "v"):
             want = getattr(seen.call, name)[sample, :, token]
             size = _norms(want) + 1e-3 * _norms(want).max()
-            self.judge(f"attention input {name}", getattr(call, name)[0].transpose(0, 1), want, size)
+            self.judge(
+                f"attention input {name}", getattr(call, name)[0].transpose(0, 1), want, size
+            )
         self._judge_function(seen, kept.out, kept.lse, sight)
         return self.replayer.attention(call)
 
@@ -177,9 +179,13 @@ class _Comparer:
             finite, self.finite = self.finite, self.finite[part]
             want = out[part]
             hint = f"; it is attention of {seen.call.q.shape[1]} heads with something unknown in it"
-            self.judge("attention output", got, want, _norms(want) + 1e-3 * _norms(want).max(), hint)
+            self.judge(
+                "attention output", got, want, _norms(want) + 1e-3 * _norms(want).max(), hint
+            )
             close = torch.ones_like(lse[part, 0]) * lse.shape[1] ** 0.5
-            self.judge("log-sum-exp", got_lse.to(lse.dtype), lse[part], close + _norms(lse[part]), hint)
+            self.judge(
+                "log-sum-exp", got_lse.to(lse.dtype), lse[part], close + _norms(lse[part]), hint
+            )
             self.finite = finite
 
 
@@ -213,4 +219,5 @@ def dense_bytes(job: Job) -> int:
 
 def id_of(x: Tensor) -> int:
     """Identity of a tensor's storage while it lives."""
-    return x.untyped_storage()._cdata
+    identity: int = x.untyped_storage()._cdata
+    return identity

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lightning_sage import ops
 from lightning_sage.arguments import ReplayError
 from lightning_sage.masks import Visibility, visibility
-from lightning_sage.policy import Chosen, SagePolicy
-from lightning_sage.replay import Seen
+from lightning_sage.policy import SagePolicy
+from lightning_sage.replay import Seed, Seen
+from lightning_sage.selections import Chosen
 
 # draws of one seed that must not be the same numbers
 KEEP_STREAM, REPLAY_STREAM = -1, -2
@@ -182,22 +183,6 @@ class Session:
         priority = self.policy.priority(valid, loss_rows)
         known = torch.zeros(valid.shape, dtype=torch.float64, device=valid.device)
         return keeper.keep(known if scores is None else scores, valid, priority, noise), scores
-
-
-class Seed:
-    """A seed drawn from the default generator when first asked for; 31 bits.
-
-    Drawing nothing where nothing is random leaves the user's random stream as it is, and drawing
-    from it makes a run resumed with its generator's state repeat itself.
-    """
-
-    def __init__(self, value: int | None = None) -> None:
-        self.value = value
-
-    def __int__(self) -> int:
-        if self.value is None:
-            self.value = int(torch.randint(2**31, ()))
-        return self.value
 
 
 def saliency(

@@ -1,4 +1,4 @@
-"""What the ops mean, in plain PyTorch: the docstrings of record, and what runs where no kernel does.
+"""What the ops mean, in plain PyTorch: docstrings of record, and what runs where no kernel does.
 
 Axes: B batch, T tokens, N packed rows, Q query rows, H query heads, G key/value heads (H a multiple
 of G), D head width. K keys.
@@ -37,9 +37,11 @@ class Rule(NamedTuple):
 
     def part(self, rows: slice) -> Rule:
         """The rule of some of the query rows."""
-        whole = self.mask is None or self.mask.shape[-2] == 1
+        mask = self.mask
+        if mask is not None and mask.shape[-2] > 1:
+            mask = mask[..., rows, :]
         return self._replace(
-            mask=self.mask if whole else self.mask[..., rows, :],
+            mask=mask,
             positions=None if self.positions is None else self.positions[:, rows],
         )
 

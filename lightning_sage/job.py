@@ -1,0 +1,205 @@
+"""One call of one block: what it was called with, and how to run the block again on some rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_sage.arguments import Arguments, Axis, ReplayError
+from lightning_sage.intercept import Handler, Tap
+from lightning_sage.replay import Rows, Seed
+from lightning_sage.session import BlockRecord, Session
+
+ATTRIBUTE = "_sage"
+
+
+@dataclass
+class Wrapped:
+    """What an installation leaves on a block, as its attribute `_sage`.
+
+    Attributes:
+        name: Name of the block in the model.
+        index: Place among the wrapped blocks.
+        session: Shared by all of them.
+        skips: Whether unselected tokens skip this block in the forward pass too.
+        chooses: Whether later blocks skip what this one did not keep.
+        previous: An instance attribute `forward` found on the block, if any.
+        checkpointing: What the block's `gradient_checkpointing` was, if it had been set.
+        checked: Signatures of calls that passed the self-check.
+    """
+
+    name: str
+    index: int
+    session: Session
+    skips: bool = False
+    chooses: bool = False
+    previous: Callable[..., Any] | None = None
+    checkpointing: Any = None
+    checked: set[Any] = field(default_factory=set)
+
+    def run(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The block's own forward."""
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
+        return type(block).forward(block, *args, **kwargs)
+
+
+def trainable(block: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where the trainable parameters are, each once.
+
+    Slots and not tensors, because sharding strategies swap the tensors between forward and
+    backward.
+    """
+    slots: dict[int, tuple[nn.Module, str]] = {}
+    for module in block.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                slots.setdefault(id(parameter), (module, name))
+    return list(slots.values())
+
+
+class Surroundings:
+    """Autocast and default dtype of a forward pass, to be found again in its replay.
+
+    Weight casts are not cached: one made without grad would take the weight's gradient with it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.casts = [
+            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+            for kind in {"cpu", device.type}
+            if torch.amp.is_autocast_available(kind)
+        ]
+        self.dtype = torch.get_default_dtype()
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """The surroundings again, and whatever there is now afterwards."""
+        before = torch.get_default_dtype()
+        with ExitStack() as stack:
+            for kind, dtype, enabled in self.casts:
+                if enabled or torch.is_autocast_enabled(kind):
+                    stack.enter_context(
+                        torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
+                    )
+            torch.set_default_dtype(self.dtype)
+            try:
+                yield
+            finally:
+                torch.set_default_dtype(before)
+
+
+class Job:
+    """One call of one block, from its forward to its backward; holds no tensor after forward."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        wrapped: Wrapped,
+        arguments: Arguments,
+        slots: list[tuple[nn.Module, str]],
+        surroundings: Surroundings,
+    ) -> None:
+        self.block, self.wrapped, self.session = block, wrapped, wrapped.session
+        self.arguments, self.slots, self.surroundings = arguments, slots, surroundings
+        self.seed = Seed()
+        hidden = arguments.leaves[arguments.hidden]
+        self.B, self.T, self.C = hidden.shape
+        self.extra, self.shared = arguments.differentiable(), arguments.shared()
+        self.versions = [getattr(m, n)._version for m, n in slots]
+        self.causal: list[bool] = []
+        self.record = BlockRecord(wrapped.name, hidden.new_empty(0), hidden.new_empty(0))
+        self._pairs: dict[int, Tensor] = {}
+        self._outputs: tuple[list[Any], pytree.TreeSpec, int] | None = None
+
+    @property
+    def hidden(self) -> Tensor:
+        """The block's input ``[B, T, C]``, until it is released."""
+        hidden: Tensor = self.arguments.leaves[self.arguments.hidden]
+        return hidden
+
+    def run(
+        self,
+        handler: Handler,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tap: type[Tap] = Tap,
+    ) -> Tensor:
+        """Hidden states after the block; its other outputs are remembered.
+
+        Raises:
+            ReplayError: The block does not return hidden states, or other tensors with a gradient.
+        """
+        with self.surroundings.restored(), tap(handler):
+            output = self.wrapped.run(self.block, *args, **kwargs)
+        leaves, spec = pytree.tree_flatten(output)
+        inputs = pytree.tree_leaves((args, kwargs))
+        place = next((i for i, x in enumerate(leaves) if isinstance(x, Tensor)), None)
+        if place is None or leaves[place].shape != inputs[self.arguments.hidden].shape:
+            raise ReplayError("its first output is not hidden states of the shape of its input")
+        known = {id(x) for x in inputs}
+        for i, x in enumerate(leaves):
+            if i != place and isinstance(x, Tensor) and id(x) not in known:
+                weights = x.dim() == 4 and x.shape[-1] == x.shape[-2] == leaves[place].shape[1]
+                if x.is_floating_point() and not weights:
+                    raise ReplayError(
+                        f"it returns a second tensor of shape {list(x.shape)}, whose gradient a "
+                        "replay of some rows cannot give"
+                    )
+        self._outputs = leaves, spec, place
+        out: Tensor = leaves[place]
+        return out
+
+    def output(self, hidden: Tensor) -> Any:
+        """What the block returned, with `hidden` in the place of its hidden states."""
+        assert self._outputs is not None
+        leaves, spec, place = self._outputs
+        self._outputs = None
+        leaves[place] = hidden
+        return pytree.tree_unflatten(leaves, spec)
+
+    def packed_call(
+        self, rows: Rows, hidden: Tensor, leaves: dict[int, Tensor]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments for packed rows.
+
+        Args:
+            rows: The rows.
+            hidden: ``[N, C]``.
+            leaves: The other tensors, whole, by index.
+        """
+        replaced: dict[int, Any] = {
+            i: self.arguments.packed(i, x, rows.index, self.T) for i, x in leaves.items()
+        }
+        replaced[self.arguments.hidden] = hidden.unsqueeze(0)
+        return self.arguments.call(replaced)
+
+    def leaves(self) -> dict[int, Tensor]:
+        """The tensors besides the hidden states."""
+        return {i: self.arguments.leaves[i] for i in self.shared}
+
+    def release(self) -> list[Tensor | None]:
+        """Forget the tensors of the forward; returns those that the replay has to see.
+
+        Attention has taken what it needs of masks: of them only the shape is remembered.
+        """
+        held: list[Tensor | None] = []
+        for i, x in self.leaves().items():
+            pairs = self.arguments.axes[i] is Axis.PAIRS
+            held.append(None if pairs else x)
+            if pairs:
+                self._pairs[i] = x.new_empty(()).expand(x.shape)
+        for i in self.arguments.axes:
+            self.arguments.leaves[i] = None
+        return held
+
+    def restored(self, held: tuple[Tensor | None, ...]) -> dict[int, Tensor]:
+        """What :func:`Job.leaves` was, from what `release` returned."""
+        found = zip(self.shared, held, strict=True)
+        return {i: x for i, x in found if x is not None} | self._pairs

@@ -1,0 +1,273 @@
+"""Selections: what turns scores into kept rows, and incoming gradients into replayed ones."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Chosen(NamedTuple):
+    """Rows chosen by a selection.
+
+    Attributes:
+        rows: bool, the shape of the scores; True where the row is chosen.
+        probability: the shape of the scores, in (0, 1], the inclusion probability of every row, or
+            None where the choice was not random and nothing has to be reweighted.
+    """
+
+    rows: Tensor
+    probability: Tensor | None = None
+
+
+def _fraction(name: str, value: float) -> float:
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must lie in (0, 1], got {value}; 1 means every valid token")
+    return float(value)
+
+
+class Selection:
+    """Turns scores into rows; the base of everything `keep` and `replay` accept.
+
+    Attributes:
+        needs_scores: Whether `keep` looks at the saliency.
+        random: Whether it looks at the noise.
+        saliency_in_replay: Whether `replay` looks at the saliency.
+    """
+
+    needs_scores = True
+    random = False
+    saliency_in_replay = False
+
+    def keep(self, scores: Tensor, valid: Tensor, priority: Tensor, noise: Tensor) -> Chosen:
+        """Choose the rows to keep, per sample.
+
+        Args:
+            scores: ``[B, T]`` float64, non-negative, summing to 1 per sample.
+            valid: ``[B, T]`` bool, False on padding; never chosen there.
+            priority: ``[B, T]`` int64: 2 for rows that are always in (sinks, last token), 1 for
+                loss-bearing rows, 0 for the rest.
+            noise: ``[B, T]`` float64, uniform in [0, 1).
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be used as keep")
+
+    def replay(self, norms: Tensor, saliency: Tensor | None, valid: int, noise: Tensor) -> Chosen:
+        """Choose among the kept rows of a whole batch.
+
+        Args:
+            norms: ``[N]`` float64, norm of the incoming gradient of each kept row.
+            saliency: ``[N]`` float64, the scores of the forward pass, where they were computed.
+            valid: Number of valid tokens in the batch; fractions refer to it.
+            noise: ``[N]`` float64, uniform in [0, 1).
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be used as replay")
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({settings})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), *vars(self).items()))
+
+
+def _top(key: Tensor, count: Tensor) -> Tensor:
+    """True at the `count` largest entries of each row of `key`; ties go to the earlier one."""
+    order = key.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order)
+    positions = torch.arange(key.shape[-1], device=key.device)
+    rank.scatter_(-1, order, positions.expand_as(order))
+    return rank < count.unsqueeze(-1)
+
+
+def _ranked(scores: Tensor, priority: Tensor, eligible: Tensor) -> Tensor:
+    """Scores in [0, 1] lifted by 2 a step of priority; ineligible rows last."""
+    return (scores + 2 * priority).masked_fill(~eligible, -1.0)
+
+
+def _budget(fraction: float, valid: Tensor, priority: Tensor) -> Tensor:
+    """Rows a sample may keep: its fraction, rounded up, but at least the rows always in."""
+    share = (valid.sum(-1) * fraction).ceil().long()
+    return share.maximum((priority == 2).sum(-1))
+
+
+class TopFraction(Selection):
+    """The highest-scored `fraction` of each sample's valid tokens, rounded up.
+
+    As `replay`: of the batch's valid tokens, ranked by incoming gradient norm plus saliency.
+    """
+
+    saliency_in_replay = True
+
+    def __init__(self, fraction: float) -> None:
+        self.fraction = _fraction("fraction", fraction)
+
+    def keep(self, scores: Tensor, valid: Tensor, priority: Tensor, noise: Tensor) -> Chosen:
+        """See :func:`Selection.keep`."""
+        budget = _budget(self.fraction, valid, priority)
+        return Chosen(_top(_ranked(scores, priority, valid), budget) & valid)
+
+    def replay(self, norms: Tensor, saliency: Tensor | None, valid: int, noise: Tensor) -> Chosen:
+        """See :func:`Selection.replay`."""
+        budget = torch.tensor(self.fraction * valid, device=norms.device).ceil()
+        return Chosen(_top(_gradient_scores(norms, saliency), budget))
+
+
+class TopMass(Selection):
+    """The fewest tokens that together hold `mass` of a sample's saliency (Kim & Lee, section 3).
+
+    Args:
+        mass: Share of the saliency to keep, in (0, 1].
+        min_tokens: At least so many valid tokens of each sample.
+        max_fraction: At most so much of each sample's valid tokens; None for no limit.
+    """
+
+    def __init__(
+        self, mass: float = 0.8, min_tokens: int = 8, max_fraction: float | None = None
+    ) -> None:
+        self.mass = _fraction("mass", mass)
+        if min_tokens < 1:
+            raise ValueError(f"min_tokens must be at least 1, got {min_tokens}")
+        self.min_tokens = min_tokens
+        self.max_fraction = (
+            None if max_fraction is None else _fraction("max_fraction", max_fraction)
+        )
+
+    def keep(self, scores: Tensor, valid: Tensor, priority: Tensor, noise: Tensor) -> Chosen:
+        """See :func:`Selection.keep`."""
+        count = _mass_count(scores, self.mass).clamp(min=self.min_tokens)
+        kept = (_top(scores.masked_fill(~valid, -1.0), count) | (priority > 0)) & valid
+        if self.max_fraction is not None:
+            budget = _budget(self.max_fraction, valid, priority)
+            kept = kept & _top(_ranked(scores, priority, kept), budget)
+        return Chosen(kept)
+
+
+class RandomTokens(Selection):
+    """A uniformly random `fraction` of each sample's valid tokens (TokenTune, 2024).
+
+    Biased like any plain choice: nothing is reweighted.
+    """
+
+    needs_scores = False
+    random = True
+
+    def __init__(self, fraction: float) -> None:
+        self.fraction = _fraction("fraction", fraction)
+
+    def keep(self, scores: Tensor, valid: Tensor, priority: Tensor, noise: Tensor) -> Chosen:
+        """See :func:`Selection.keep`."""
+        budget = _budget(self.fraction, valid, priority)
+        return Chosen(_top(_ranked(noise, priority, valid), budget) & valid)
+
+
+class AllTokens(Selection):
+    """Every valid token: the dense gradient, unless `replay` leaves some out."""
+
+    needs_scores = False
+
+    def keep(self, scores: Tensor, valid: Tensor, priority: Tensor, noise: Tensor) -> Chosen:
+        """See :func:`Selection.keep`."""
+        return Chosen(valid)
+
+
+class GradientMass(Selection):
+    """The fewest kept rows that together hold `mass` of the score; for `replay` only.
+
+    The score of a row is its share of the incoming gradient norms plus its share of the saliency.
+
+    Args:
+        mass: Share of the score to replay, in (0, 1].
+        max_fraction: At most so much of the batch's valid tokens; None for no limit.
+    """
+
+    saliency_in_replay = True
+
+    def __init__(self, mass: float = 0.95, max_fraction: float | None = None) -> None:
+        self.mass = _fraction("mass", mass)
+        self.max_fraction = (
+            None if max_fraction is None else _fraction("max_fraction", max_fraction)
+        )
+
+    def replay(self, norms: Tensor, saliency: Tensor | None, valid: int, noise: Tensor) -> Chosen:
+        """See :func:`Selection.replay`."""
+        scores = _gradient_scores(norms, saliency)
+        count = _mass_count(scores, self.mass)
+        if self.max_fraction is not None:
+            count = count.clamp(max=-int(-self.max_fraction * valid // 1))
+        return Chosen(_top(scores, count))
+
+
+class ImportanceSampling(Selection):
+    """Rows drawn with known probability and reweighted by its inverse: unbiased, where Top* is not.
+
+    With w the score (saliency for `keep`, incoming gradient norm for `replay`) over its mean plus
+    `uniform`, a row is in with probability ``p = min(1, c w)``, c such that p sums to `fraction` of
+    the batch's valid tokens. Sampling is systematic: heavy rows are certain, light ones share the
+    rest.
+    The branch gradient of a drawn row is multiplied by 1/p.
+
+    Args:
+        fraction: Share of the batch's valid tokens to draw, in (0, 1].
+        uniform: Floor of the weights, in units of their mean; bounds 1/p for rows of no weight.
+    """
+
+    random = True
+
+    def __init__(self, fraction: float, uniform: float = 0.1) -> None:
+        self.fraction = _fraction("fraction", fraction)
+        if not uniform > 0:
+            raise ValueError(f"uniform must be positive, got {uniform}: rows of no weight need it")
+        self.uniform = float(uniform)
+
+    def keep(self, scores: Tensor, valid: Tensor, priority: Tensor, noise: Tensor) -> Chosen:
+        """See :func:`Selection.keep`; the budget is the batch's, not each sample's."""
+        budget = (valid.sum() * self.fraction).ceil()
+        certain = torch.where((priority > 0).sum() <= budget, priority > 0, priority == 2)
+        mean = scores.sum() / valid.sum().clamp(min=1)
+        weights = scores / mean.clamp(min=1e-300) + self.uniform
+        weights = weights.masked_fill(~valid | certain, 0.0)
+        probability = _inclusion(weights.flatten(), budget - certain.sum()).view_as(weights)
+        probability = torch.where(certain, 1.0, probability)
+        return self._draw(probability, noise)
+
+    def replay(self, norms: Tensor, saliency: Tensor | None, valid: int, noise: Tensor) -> Chosen:
+        """See :func:`Selection.replay`."""
+        budget = torch.tensor(self.fraction * valid, device=norms.device).ceil()
+        weights = norms / norms.mean().clamp(min=1e-300) + self.uniform
+        return self._draw(_inclusion(weights, budget), noise)
+
+    def _draw(self, probability: Tensor, noise: Tensor) -> Chosen:
+        ends = probability.flatten().cumsum(0) + noise.flatten()[:1]
+        starts = ends - probability.flatten()
+        # rounding may hide the step of a certain row
+        drawn = (ends.floor() > starts.floor()).view_as(probability) | (probability >= 1)
+        return Chosen(drawn & (probability > 0), probability)
+
+
+def _mass_count(scores: Tensor, mass: float) -> Tensor:
+    """How many of the largest scores, along the last axis, hold `mass` of the sum."""
+    total = scores.sort(dim=-1, descending=True).values.cumsum(-1)
+    # a hair less than the share, so that rounding never asks for one token more
+    return (total < mass * (1 - 1e-12) * total[..., -1:]).sum(-1) + 1
+
+
+def _gradient_scores(norms: Tensor, saliency: Tensor | None) -> Tensor:
+    scores = norms / norms.sum().clamp(min=1e-300)
+    return scores if saliency is None else scores + saliency / saliency.sum().clamp(min=1e-300)
+
+
+def _inclusion(weights: Tensor, budget: Tensor) -> Tensor:
+    """``min(1, c * weights)`` summing to `budget`: tries every number of certain rows at once."""
+    ordered = weights.sort(descending=True).values
+    rest = ordered.flip(0).cumsum(0).flip(0)
+    certain = torch.arange(len(weights), device=weights.device)
+    scale = (budget - certain).clamp(min=0) / rest.clamp(min=1e-300)
+    # the first count at which the largest remaining row need not be certain
+    fits = scale * ordered <= 1
+    scale = scale[fits.long().argmax()] if len(weights) else scale.sum()
+    probability = (weights * scale).clamp(max=1)
+    return torch.where(budget >= (weights > 0).sum(), (weights > 0).to(weights), probability)
