@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -175,7 +176,8 @@ def install(
             mark.checkpointing = True
             setattr(block, "gradient_checkpointing", False)  # noqa: B010 - of unknown type
         block.__dict__[ATTRIBUTE] = mark
-        block.forward = types.MethodType(sparse_forward, block)
+        # unlike a closure or a method, a partial deep-copies and pickles with its block
+        block.forward = partial(sparse_forward, block)
     if any(b.__dict__[ATTRIBUTE].checkpointing for b in wrapped.values()):
         warnings.warn(
             "gradient checkpointing is switched off on the blocks that SAGE wraps, which save less "

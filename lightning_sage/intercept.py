@@ -153,10 +153,11 @@ class Tap(TorchFunctionMode):
     ) -> Any:
         if module.training:
             refuse_attention_dropout(kwargs.get("dropout") or 0.0)
-        weights = None
+        weights: Any = None
 
         def run() -> Tensor:
             nonlocal weights
+            out: Tensor
             out, weights = function(module, query, key, value, attention_mask, *args, **kwargs)
             return out.transpose(1, 2)
 

@@ -108,12 +108,13 @@ def _half(valid: Tensor) -> Tensor:
     index = torch.arange(valid.numel(), device=valid.device).view_as(valid)
     key = ops.uniform(1, 0, index).masked_fill(~valid, 2.0)
     count = ((valid.sum(1, keepdim=True) + 1) // 2).clamp(max=ROWS)
-    chosen = valid & (key.argsort(1).argsort(1) < count)
+    chosen: Tensor = valid.logical_and(key.argsort(1).argsort(1) < count)
     return chosen
 
 
 def _norms(x: Tensor) -> Tensor:
-    return x.double().flatten(1).norm(dim=1)
+    norms: Tensor = x.double().flatten(1).norm(dim=1)
+    return norms
 
 
 class _Comparer:
