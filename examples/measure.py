@@ -1,0 +1,204 @@
+"""Measure one training step: what it holds for backward, its peak, its seconds.
+
+One run gives one line of JSON; a suite measures methods side by side and prints a table too:
+
+    python examples/measure.py --shape small-cpu --body true --method sage --policy.keep 0.25
+    python examples/measure.py --suite cpu
+
+A step is forward and backward: the optimizer's part is the same for every method. Weights are
+random and made on the device; nothing is downloaded. Random weights attend almost evenly, so
+TopMass keeps far more tokens here than in a trained model; fractions do not depend on that.
+"""
+
+import gc
+import json
+import math
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median, quantiles
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from jsonargparse import auto_cli
+from race import Contender, Setting, race
+
+from lightning_sage import AllTokens, SagePolicy
+from lightning_sage.report import table
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("lightning-sage", "torch", "transformers", "peft", "triton")
+
+
+@dataclass(frozen=True)
+class Command(Setting):
+    """What is measured, and what becomes of it.
+
+    Args:
+        suite: Measure a standard set instead; of the other options only `device`, `seed`, `warmup`
+            and `steps` count then.
+        out: File to append the JSON lines to; a suite's default is examples/results/SUITE.jsonl.
+    """
+
+    suite: Literal["cpu", "gpu"] | None = None
+    out: str | None = None
+
+
+def name_of(setting: Setting) -> str:
+    """The method, with the policy's differences from the default."""
+    if setting.method != "sage":
+        return setting.method
+    policy, default = setting.policy, SagePolicy()
+    changed = [
+        f"{f.name}={getattr(policy, f.name)!r}"
+        for f in fields(policy)
+        if getattr(policy, f.name) != getattr(default, f.name)
+    ]
+    return f"sage {', '.join(changed) or 'default'}"
+
+
+def make_record(contender: Contender) -> dict[str, Any]:
+    """What the line of JSON says."""
+    setting, result = contender.setting, contender.result
+    config = {f.name: getattr(setting, f.name) for f in fields(Setting)}
+    config["policy"] = _plain(setting.policy) if setting.method == "sage" else None
+    steps = [f + b for f, b in zip(contender.forward_s, contender.backward_s, strict=True)]
+    if not steps:
+        result.setdefault("error", "over the time budget")
+    tokens = setting.batch * setting.length
+    return {
+        "name": name_of(setting),
+        **config,
+        "saved_mib": None,
+        "peak_mib": None,
+        **result,
+        "forward_s": _spread(contender.forward_s),
+        "backward_s": _spread(contender.backward_s),
+        "step_s": _spread(steps),
+        "tokens_per_s": _spread([tokens / seconds for seconds in steps]),
+        "measured_steps": len(steps),
+        **circumstances(setting.device),
+    }
+
+
+def _plain(policy: SagePolicy) -> dict[str, Any]:
+    values = {f.name: getattr(policy, f.name) for f in fields(policy)}
+    plain = (str, int, float, bool, type(None))
+    return {name: v if isinstance(v, plain) else repr(v) for name, v in values.items()}
+
+
+def _spread(values: list[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    fifths = quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
+    return {"median": median(values), "p20": fifths[0], "p80": fifths[3]}
+
+
+def circumstances(device: str) -> dict[str, Any]:
+    """Machine, versions, commit and date."""
+    cuda = torch.device(device).type == "cuda"
+    nvidia = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    commit = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty", "--abbrev=40"]
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "driver": _output(nvidia) if cuda else None,
+        "threads": torch.get_num_threads(),
+        **{name.replace("-", "_"): _version(name) for name in PACKAGES},
+        "commit": _output(commit),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.split("\n")[0]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def methods(base: Setting) -> list[Setting]:
+    """The standard contenders."""
+    policies = (
+        SagePolicy(keep=0.25),
+        SagePolicy(keep=0.25, attention="full"),
+        SagePolicy(keep=0.1, unselected="skip"),
+        SagePolicy(),
+        SagePolicy(keep=AllTokens(), replay=0.25),
+    )
+    baselines = [replace(base, method="dense"), replace(base, method="checkpointing")]
+    return baselines + [replace(base, method="sage", policy=policy) for policy in policies]
+
+
+def suite_settings(suite: str, base: Setting) -> list[Setting]:
+    """The conditions of a suite; each is raced by all methods."""
+    base = replace(base, rank=16, body=True, loss="last-quarter")
+    if suite == "cpu":
+        return [replace(base, shape="small-cpu", batch=4, length=512, dtype="float32")]
+    base = replace(base, dtype="bfloat16")
+    return [
+        replace(base, shape="llama-3.1-8b", batch=1, length=4096),
+        replace(base, shape="llama-3.2-1b", batch=4, length=4096),
+        replace(base, shape="llama-3.2-1b", batch=4, length=4096, rank=0),
+        replace(base, shape="llama-3.2-1b", batch=1, length=4096, body=False),
+        replace(base, shape="llama-3.2-1b", batch=1, length=32768),
+    ]
+
+
+def run_suite(conditions: Sequence[Setting], budget_s: float, out: Path) -> None:
+    """Race all methods under each condition, append the records, print the table."""
+    deadline = perf_counter() + budget_s
+    for left, condition in zip(range(len(conditions), 0, -1), conditions, strict=True):
+        # what one condition leaves unused goes to the rest
+        contenders = race(methods(condition), (deadline - perf_counter()) / left)
+        records = [make_record(contender) for contender in contenders]
+        del contenders
+        write(records, out)
+        print(table(records), end="\n\n", flush=True)
+        # wrapped blocks refer to themselves: only the collector frees them
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def write(records: Sequence[dict[str, Any]], out: Path) -> None:
+    """Append lines of JSON."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what the command line asks for."""
+    command = auto_cli(Command, as_positional=False, args=arguments)
+    device = command.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = {f.name: getattr(command, f.name) for f in fields(Setting)} | {"device": device}
+    if command.suite is None:
+        [contender] = race([Setting(**chosen)])
+        record = make_record(contender)
+        print(json.dumps(record))
+        if command.out is not None:
+            write([record], Path(command.out))
+        return
+    base = Setting(**{name: chosen[name] for name in ("device", "seed", "warmup", "steps")})
+    out = Path(command.out or RESULTS / f"{command.suite}.jsonl")
+    # the GPU suite has to end within eight minutes, imports and the last table included
+    budget_s = 420.0 if command.suite == "gpu" else math.inf
+    run_suite(suite_settings(command.suite, base), budget_s, out)
+
+
+if __name__ == "__main__":
+    main()

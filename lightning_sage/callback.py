@@ -1,0 +1,242 @@
+"""SageCallback: installs SAGE when a fit starts, removes it at its end, reports in between."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from rich.console import Console
+from rich.table import Table
+
+from lightning_sage.arguments import ReplayError
+from lightning_sage.install import Installation, install
+from lightning_sage.metrics import MIB, SageUsage
+from lightning_sage.policy import SagePolicy
+
+
+class SageCallback(Callback):
+    """Fine-tunes with sparse backward passes; the model is as before when the fit is over.
+
+    Logs `sage/kept_fraction` and `sage/replayed_fraction` (of the valid tokens) and
+    `sage/cached_mib` (a step), each over the steps since it was last logged, and prints one table
+    at the end of the fit. Evaluation, checkpoints and `state_dict` do not notice it.
+
+    Args:
+        policy: Which tokens are kept and replayed; None is `SagePolicy()`.
+        measure_dense: Count, on the first batch, what a dense step would have saved for backward.
+        print_summary: Print the table at the end of the fit.
+
+    Attributes:
+        installation: What is installed in the model; None outside of a fit.
+        usage: The metric, over all steps of the latest fit.
+        summary: The numbers of the table, from the end of the latest fit.
+
+    Raises:
+        ReplayError: At the first step: a block cannot be replayed, or its parameters were reached
+            by the backward pass and got no gradient.
+    """
+
+    def __init__(
+        self,
+        policy: SagePolicy | None = None,
+        measure_dense: bool = True,
+        print_summary: bool = True,
+    ) -> None:
+        super().__init__()
+        self.policy = policy or SagePolicy()
+        self.measure_dense = measure_dense
+        self.print_summary = print_summary
+        self.installation: Installation | None = None
+        self.usage = SageUsage()
+        self.summary: dict[str, float] = {}
+        self._recent = SageUsage()
+        self._start_fit()
+
+    def _start_fit(self) -> None:
+        self.usage.reset()
+        self._recent.reset()
+        self.summary = {}
+        self._first_cached_bytes = 0
+        self._seconds: deque[float] = deque(maxlen=1000)
+        self._batch_started = 0.0
+        self._logged_step = 0
+        self._mode_checked = False
+        self._gradients_checked = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what leads to the model: copying the callback must not copy that."""
+        state = {**self.__dict__, "installation": None}
+        # Lightning puts the module's bound methods here
+        state.pop("log", None)
+        state.pop("log_dict", None)
+        return state
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Install where the blocks exist already, so that a tuner's trial steps are sparse too."""
+        _refuse_other_package(trainer, pl_module)
+        if stage == "fit":
+            # blocks may be built later, in configure_model: on_fit_start raises what is left
+            with suppress(ValueError):
+                self._install(trainer, pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Install anew, now that adapters, precision and sharding are in place."""
+        self._install(trainer, pl_module)
+        self._start_fit()
+        self.usage.to(trainer.strategy.root_device)
+        self._recent.to(trainer.strategy.root_device)
+
+    def _install(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._remove()
+        measure_dense = self.measure_dense and not trainer.barebones
+        self.installation = install(pl_module, self.policy, measure_dense=measure_dense)
+
+    def _remove(self) -> None:
+        if self.installation is not None:
+            self.installation.remove()
+            self.installation = None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove."""
+        self._remove()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Remove: the Trainer calls no teardown after an exception."""
+        self._remove()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count steps from where a resumed fit continues."""
+        self._logged_step = trainer.global_step
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Show the batch's labels and padding to the installation, in case the model is not."""
+        assert self.installation is not None
+        if not self._mode_checked:
+            self._mode_checked = True
+            _warn_of_eval_mode(self.installation)
+        self.installation.observe(batch if isinstance(batch, Mapping) else None)
+        self._batch_started = perf_counter()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check once, before the first optimizer step, that no gradient was lost."""
+        assert self.installation is not None
+        # DeepSpeed keeps gradients in buffers of its own
+        if not self._gradients_checked and not isinstance(trainer.strategy, DeepSpeedStrategy):
+            self._gradients_checked = _check_gradients(self.installation)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Count the step, and log where it is due."""
+        assert self.installation is not None
+        self.installation.observe(None)
+        if trainer.barebones:
+            return
+        self._seconds.append(perf_counter() - self._batch_started)
+        records = self.installation.records
+        if self.usage.update_count == 0:
+            self._first_cached_bytes = sum(record.cached_bytes for record in records)
+        self.usage.update(records)
+        self._recent.update(records)
+        # set by a part of the Trainer that its type does not show
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and trainer.global_step // every > self._logged_step // every:
+            self._logged_step = trainer.global_step
+            self._log(pl_module, on_step=True)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the steps that no interval covered."""
+        if self._recent.update_called:
+            self._log(pl_module, on_step=False)
+
+    def _log(self, pl_module: LightningModule, on_step: bool) -> None:
+        values = {f"sage/{name}": value for name, value in self._recent.compute().items()}
+        # never the metric itself: Lightning wants logged metrics to be the module's own
+        pl_module.log_dict(values, on_step=on_step, on_epoch=not on_step, batch_size=1)
+        self._recent.reset()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sum up, on every rank, while the ranks can still talk to each other."""
+        if not self.usage.update_called:
+            return
+        assert self.installation is not None
+        self.summary = {name: value.item() for name, value in self.usage.compute().items()}
+        if self.installation.dense_saved_bytes:
+            self.summary["dense_mib"] = self.installation.dense_saved_bytes / MIB
+            self.summary["ratio"] = self._first_cached_bytes / self.installation.dense_saved_bytes
+        # the first step includes the self-check and the dense count
+        seconds = list(self._seconds)[1:] or list(self._seconds)
+        self.summary["seconds"] = median(seconds)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the table, below the progress bar."""
+        if self.print_summary and self.summary and trainer.is_global_zero:
+            Console().print(_table(self.summary))
+
+
+def _refuse_other_package(*objects: object) -> None:
+    for item in objects:
+        if any(base.__module__.split(".")[0] == "pytorch_lightning" for base in type(item).__mro__):
+            raise TypeError(
+                f"SageCallback belongs to lightning.pytorch, but {type(item).__name__} comes from "
+                "pytorch_lightning; import the Trainer and the module from lightning.pytorch"
+            )
+
+
+def _warn_of_eval_mode(installation: Installation) -> None:
+    idle = [name for name, block in installation.blocks.items() if not block.training]
+    if idle:
+        rank_zero_warn(
+            f"{len(idle)} of {len(installation.blocks)} blocks train in eval mode ({idle[0]} is "
+            "the first): from_pretrained returns it and Lightning leaves it. SAGE works in either, "
+            "but dropout is off; call train() on the model in on_train_start to have it on."
+        )
+
+
+def _check_gradients(installation: Installation) -> bool:
+    """Whether the backward pass reached a block; if so, its parameters must have gradients."""
+    reached = {record.name for record in installation.records if record.replayed is not None}
+    lost = [
+        f"{name}.{parameter}"
+        for name, block in installation.blocks.items()
+        if name in reached
+        for parameter, value in block.named_parameters()
+        # a rank may hold no element of a sharded parameter
+        if value.requires_grad and value.grad is None and value.numel()
+    ]
+    if lost:
+        more = f" and {len(lost) - 8} more" if len(lost) > 8 else ""
+        raise ReplayError(
+            f"no gradient reached {', '.join(lost[:8])}{more}, although the backward pass went "
+            "through their blocks; if parts of a block are sharded, shard the block as a whole"
+        )
+    return bool(reached)
+
+
+def _table(summary: Mapping[str, float]) -> Table:
+    table = Table("", "SAGE", title="SAGE: memory for the backward pass", title_justify="left")
+    table.columns[1].justify = "right"
+    table.add_row("tokens kept", f"{summary['kept_fraction']:.1%}")
+    table.add_row("tokens replayed", f"{summary['replayed_fraction']:.1%}")
+    table.add_row("cached a step", f"{summary['cached_mib']:,.1f} MiB")
+    if "ratio" in summary:
+        table.add_row("a dense step saves (first batch)", f"{summary['dense_mib']:,.1f} MiB")
+        table.add_row("cached / dense (first batch)", f"{summary['ratio']:.3f}")
+    table.add_row("seconds a step (median)", f"{summary['seconds']:.3g}")
+    return table
