@@ -234,9 +234,13 @@ def _table(summary: Mapping[str, float]) -> Table:
     table.columns[1].justify = "right"
     table.add_row("tokens kept", f"{summary['kept_fraction']:.1%}")
     table.add_row("tokens replayed", f"{summary['replayed_fraction']:.1%}")
-    table.add_row("cached a step", f"{summary['cached_mib']:,.1f} MiB")
+    table.add_row("cached a step", _mib(summary["cached_mib"]))
     if "ratio" in summary:
-        table.add_row("a dense step saves (first batch)", f"{summary['dense_mib']:,.1f} MiB")
+        table.add_row("a dense step saves (first batch)", _mib(summary["dense_mib"]))
         table.add_row("cached / dense (first batch)", f"{summary['ratio']:.3f}")
     table.add_row("seconds a step (median)", f"{summary['seconds']:.3g}")
     return table
+
+
+def _mib(value: float) -> str:
+    return f"{value:,.1f} MiB" if value >= 100 else f"{value:.3g} MiB"

@@ -55,7 +55,7 @@ def test_table_is_printed_once(capsys):
     assert shown.count("tokens kept") == 1
     for key, form in (
         ("kept_fraction", "{:.1%}"),
-        ("cached_mib", "{:,.1f} MiB"),
+        ("cached_mib", "{:.3g} MiB"),
         ("ratio", "{:.3f}"),
     ):
         assert form.format(callback.summary[key]) in shown
