@@ -85,17 +85,18 @@ def _packed(x: Tensor, axis: Axis, rows: Tensor, T: int) -> Tensor:
     return x
 
 
-def _without_cache(name: str, value: Any) -> Any:
+def _without_cache(name: str, value: Any, layer: int) -> Any:
     """Transformers hands its blocks an empty KV cache in training; a replay would append to it."""
     if name == "use_cache" and value is True:
         return False
     length = getattr(value, "get_seq_length", None)
     if length is None:
         return value
-    if length() > 0:
+    # of this layer: blocks left dense fill theirs in the same forward
+    if length(layer) > 0:
         raise ReplayError(
-            f"argument '{name}' is a filled KV cache of {length()} tokens (prefix tuning?), which "
-            "cannot be replayed: train without it, or without SAGE"
+            f"argument '{name}' is a filled KV cache of {length(layer)} tokens (prefix tuning?), "
+            "which cannot be replayed: train without it, or without SAGE"
         )
     return None
 
@@ -126,8 +127,9 @@ class Arguments:
             ReplayError: No hidden states, a filled cache, or an axis that cannot be told.
         """
         named = _parameter_names(block, len(args))
-        args = tuple(_without_cache(name, x) for name, x in zip(named, args, strict=True))
-        kwargs = {name: _without_cache(name, x) for name, x in kwargs.items()}
+        layer = next((m.layer_idx for m in block.modules() if hasattr(m, "layer_idx")), 0)
+        args = tuple(_without_cache(name, x, layer) for name, x in zip(named, args, strict=True))
+        kwargs = {name: _without_cache(name, x, layer) for name, x in kwargs.items()}
         if kwargs.get("output_attentions"):
             raise ReplayError("output_attentions is requested, and weights of kept rows only exist")
         leaves, spec = pytree.tree_flatten((args, kwargs))

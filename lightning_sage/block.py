@@ -143,7 +143,10 @@ def _chosen_rows(job: Job, cache: SparseCache, grad: Tensor) -> tuple[SparseCach
         norms = ops.gather_rows(grad, cache.index).double().norm(dim=-1)
         noise = ops.uniform(int(job.seed), REPLAY_STREAM, cache.index) if replayer.random else norms
         valid = int(job.record.valid.sum())
-        chosen, p = replayer.replay(norms, cache.saliency, valid, noise)
+        # rows whose gradient is not finite are in, so that a NaN surfaces as in a dense step
+        finite = norms.isfinite()
+        chosen, p = replayer.replay(norms.where(finite, 0.0), cache.saliency, valid, noise)
+        chosen = chosen | ~finite
         if p is not None:
             probability = p if probability is None else p * probability
         if not bool(chosen.all()):

@@ -46,7 +46,7 @@ def find_blocks(model: nn.Module, policy: SagePolicy) -> dict[str, nn.Module]:
         found = {n: m for n, m in modules if n and accept(m, n)}
     else:
         patterns = policy.blocks
-        found = {n: m for n, m in modules if any(fnmatch.fnmatchcase(n, p) for p in patterns)}
+        found = {n: m for n, m in modules if any(_matches(n, p) for p in patterns)}
     if not found:
         raise ValueError(_nothing_found(model, policy))
     inner = [n for n in found for outer in found if n.startswith(f"{outer}.")]
@@ -55,6 +55,12 @@ def find_blocks(model: nn.Module, policy: SagePolicy) -> dict[str, nn.Module]:
             f"blocks {inner[:3]} lie inside other blocks: name one level with blocks=..."
         )
     return found
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a glob names a module; `*` stands for one part of a name, not for several."""
+    parts, globs = name.split("."), pattern.split(".")
+    return len(parts) == len(globs) and all(map(fnmatch.fnmatchcase, parts, globs))
 
 
 def _is_layer(module: nn.Module, layers: types.ModuleType) -> bool:

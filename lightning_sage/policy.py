@@ -43,7 +43,7 @@ class SagePolicy:
         unselected: `identity` computes every token in the forward pass; `skip` (the authors'
             released variant) lets unselected tokens skip the blocks after the first tenth, which
             changes the training forward.
-        blocks: Names, glob patterns or a filter ``(module, name) -> bool`` that name the blocks;
+        blocks: Names, glob patterns (`*` is one part of a name) or a filter ``(module, name) -> bool`` that name the blocks;
             None finds transformers' layers.
     """
 
