@@ -1,0 +1,258 @@
+"""LightningModules round Hugging Face models: causal language models and sequence classifiers.
+
+They know nothing of SAGE: the callback changes how they train from outside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    get_cosine_schedule_with_warmup,
+)
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters on a frozen model, by PEFT.
+
+    Args:
+        r: Rank.
+        alpha: The adapters' output is scaled by ``alpha / r``.
+        dropout: On the adapters' input.
+        targets: Names of the layers, or `all-linear`: all but the output layer.
+    """
+
+    r: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    targets: str | list[str] = "all-linear"
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """AdamW with a linear warm-up and a cosine decay to zero over all steps of the fit.
+
+    Args:
+        lr: Learning rate after the warm-up.
+        weight_decay: Decoupled weight decay, on every trainable parameter.
+        warmup: Share of the steps.
+        betas: Decay of the running means.
+    """
+
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    warmup: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+class HuggingFaceModule(LightningModule):
+    """A Hugging Face model that computes its own loss from `labels`.
+
+    Args:
+        name_or_path: Pre-trained weights to start from; None for random weights.
+        config: With a name, fields of its configuration to change; without, the whole
+            configuration, `model_type` included.
+        lora: Adapters to train in place of the model's own weights; None trains all weights.
+        optimization: Optimizer and learning rate.
+        dtype: Of the weights as loaded; `auto` is what they are stored in.
+        gradient_checkpointing: Recompute every block in the backward pass, to compare with.
+
+    Attributes:
+        model: The model, from `configure_model` on.
+    """
+
+    auto_class: ClassVar[Any]
+    task: ClassVar[str]
+
+    def __init__(
+        self,
+        name_or_path: str | None = None,
+        config: dict[str, Any] | None = None,
+        lora: LoRA | None = None,
+        optimization: Optimization | None = None,
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if name_or_path is None and "model_type" not in (config or {}):
+            raise ValueError("give name_or_path, or a config with its model_type")
+        self.save_hyperparameters()
+        self.name_or_path = name_or_path
+        self.config = dict(config or {})
+        self.lora = lora
+        self.optimization = optimization or Optimization()
+        self.dtype_name = dtype
+        self.gradient_checkpointing = gradient_checkpointing
+        self.model: Any = None
+
+    def configure_model(self) -> None:
+        """Build the model, once."""
+        if self.model is not None:
+            return
+        model = self._load()
+        if self.gradient_checkpointing:
+            # renamed in transformers; the older name warns where both exist
+            renamed = getattr(model, "activation_checkpointing_enable", None)
+            (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        if self.lora is not None:
+            model = get_peft_model(model, self._lora_config(self.lora))
+        # from_pretrained returns a model in evaluation mode, and Lightning leaves it so
+        self.model = model.train()
+
+    def _load(self) -> Any:
+        if self.name_or_path is None:
+            dtype = None if self.dtype_name == "auto" else getattr(torch, self.dtype_name)
+            return self.auto_class.from_config(AutoConfig.for_model(**self.config), dtype=dtype)
+        changes = {name: value for name, value in self.config.items() if name != "model_type"}
+        config = AutoConfig.from_pretrained(self.name_or_path, **changes)
+        return self.auto_class.from_pretrained(
+            self.name_or_path, config=config, dtype=self.dtype_name
+        )
+
+    def _lora_config(self, lora: LoRA) -> LoraConfig:
+        return LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.targets,
+            task_type=self.task,
+        )
+
+    def forward(self, **batch: Tensor) -> Any:
+        """The model's own output."""
+        return self.model(**batch)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The model's own loss."""
+        loss: Tensor = self(**batch).loss
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        return loss
+
+    def on_validation_start(self) -> None:
+        """Start a mean."""
+        # a new one: the last may hold inference tensors, or was cast to bfloat16 with the module
+        self.mean_loss = MeanMetric().to(self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean over all that was weighed."""
+        self.log("val_loss", self.mean_loss.compute(), prog_bar=True)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW on what is trainable, and its schedule.
+
+        Raises:
+            ValueError: The number of steps is not known in advance.
+        """
+        settings = self.optimization
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError("a cosine schedule needs an end: set trainer.max_steps or max_epochs")
+        optimizer = torch.optim.AdamW(
+            [p for p in self.parameters() if p.requires_grad],
+            lr=settings.lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+        )
+        warmup = round(settings.warmup * steps)
+        schedule = get_cosine_schedule_with_warmup(optimizer, warmup, int(steps))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+class CausalLM(HuggingFaceModule):
+    """Predicts the next token; `val_loss` and `val_perplexity` are means over labelled tokens."""
+
+    auto_class = AutoModelForCausalLM
+    task = "CAUSAL_LM"
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add to the mean loss, weighted by the number of tokens to predict."""
+        targets = (batch["labels"][:, 1:] != -100).sum()
+        self.mean_loss.update(self(**batch).loss, targets)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the perplexity too."""
+        self.log("val_perplexity", self.mean_loss.compute().exp())
+        super().on_validation_epoch_end()
+
+
+class SequenceClassifier(HuggingFaceModule):
+    """One class for a text; `config` says `num_labels`.
+
+    Decoders read the last token that is not padding: give them `pad_token_id` in `config` where
+    their own configuration has none.
+    """
+
+    auto_class = AutoModelForSequenceClassification
+    task = "SEQ_CLS"
+
+    def on_validation_start(self) -> None:
+        """Start a mean and an accuracy."""
+        super().on_validation_start()
+        classes = self.model.config.num_labels
+        self.accuracy = MulticlassAccuracy(classes, average="micro").to(self.device)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add to mean loss and accuracy, weighted by the number of texts."""
+        output = self(**batch)
+        self.mean_loss.update(output.loss, len(batch["labels"]))
+        self.accuracy.update(output.logits, batch["labels"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the accuracy too."""
+        self.log("val_accuracy", self.accuracy.compute(), prog_bar=True)
+        super().on_validation_epoch_end()
+
+
+class SavePretrained(Callback):
+    """Saves the model, or its adapters, and the tokenizer at the end of the fit.
+
+    Args:
+        directory: Where `from_pretrained` will find them; overwritten.
+
+    Raises:
+        ValueError: The strategy shards the model, which only its own checkpoints can hold.
+    """
+
+    def __init__(self, directory: str) -> None:
+        super().__init__()
+        self.directory = directory
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a sharded model before it is trained."""
+        if stage == "fit" and isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise ValueError(
+                f"SavePretrained cannot save a model sharded by {type(trainer.strategy).__name__}; "
+                "leave it out and use the trainer's checkpoints"
+            )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save on the first rank."""
+        if not trainer.is_global_zero:
+            return
+        model: Any = pl_module.model
+        # adapters leave the vocabulary alone; finding that out would ask the hub
+        options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+        model.save_pretrained(self.directory, **options)
+        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(self.directory)
+        rank_zero_info(f"saved to {self.directory}")

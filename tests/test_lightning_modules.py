@@ -1,0 +1,249 @@
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.strategies import ModelParallelStrategy
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from lightning_sage.data import AnswerData, LabelData, Loading
+from lightning_sage.models import (
+    CausalLM,
+    LoRA,
+    Optimization,
+    SavePretrained,
+    SequenceClassifier,
+)
+
+PACKAGE = Path(__file__).parents[1] / "lightning_sage"
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 259,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+
+pytestmark = [
+    # two cores do not profit from worker processes, and Lightning advises them whatever the data
+    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
+    # Lightning's own use of torch's pytree
+    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.* is deprecated:FutureWarning"),
+]
+
+
+@pytest.fixture
+def answers(tmp_path):
+    """Five rows of unequal answers, so that batches of two weigh differently."""
+    path = tmp_path / "rows.jsonl"
+    lines = [f'{{"prompt": "{"p" * (6 - n)}", "answer": "{"ab" * n}"}}\n' for n in range(1, 6)]
+    path.write_text("".join(lines))
+    return AnswerData(str(path), str(path), loading=Loading(batch_size=2))
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "".join(f"{'ab'[n % 2] * 6},{n % 2}\n" for n in range(7)))
+    return LabelData(str(path), str(path), loading=Loading(batch_size=2))
+
+
+def trainer(**changes):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    settings = {"accelerator": "cpu", "max_steps": 3, "enable_model_summary": False}
+    return Trainer(**{**quiet, **settings, **changes})
+
+
+def validation_loss(module, data, **changes):
+    return trainer(**changes).validate(module, data, verbose=False)[0]
+
+
+@pytest.mark.parametrize("name", ["models", "data"])
+def test_knows_nothing_of_sage(name):
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+    imported = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not [name for name in imported if name.startswith("lightning_sage")]
+
+
+def test_refuses_a_model_without_origin():
+    with pytest.raises(ValueError, match="give name_or_path, or a config with its model_type"):
+        CausalLM(config={"hidden_size": 16})
+
+
+def test_builds_once():
+    module = CausalLM(config=LLAMA)
+    assert module.model is None
+    module.configure_model()
+    model = module.model
+    module.configure_model()
+    assert module.model is model
+    assert isinstance(model, LlamaForCausalLM)
+    assert model.training
+
+
+def test_loads_pretrained_in_training_mode_with_changes(tmp_path):
+    first = CausalLM(config=LLAMA)
+    first.configure_model()
+    first.model.save_pretrained(tmp_path)
+    second = CausalLM(str(tmp_path), config={"attention_dropout": 0.5}, dtype="bfloat16")
+    second.configure_model()
+    assert all(module.training for module in second.modules())
+    assert second.model.config.attention_dropout == 0.5
+    assert second.model.dtype == torch.bfloat16
+    expected = first.model.lm_head.weight.bfloat16()
+    assert torch.equal(second.model.lm_head.weight, expected)
+
+
+def test_lora_trains_adapters_on_every_inner_linear_layer():
+    module = CausalLM(config=LLAMA, lora=LoRA(r=3, alpha=6, dropout=0.1))
+    module.configure_model()
+    assert module.model.training
+    trainable = {name for name, p in module.named_parameters() if p.requires_grad}
+    assert all("lora_" in name for name in trainable)
+    # 7 linear layers in each of 2 blocks, 2 matrices each; the output layer has none
+    assert len(trainable) == 28
+    assert not any("lm_head" in name for name in trainable)
+    layer = module.model.base_model.model.model.layers[0].mlp.up_proj
+    assert (layer.r["default"], layer.scaling["default"]) == (3, 2.0)
+    assert layer.lora_dropout["default"].p == 0.1
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(r=2)])
+def test_gradient_checkpointing_recomputes(answers, lora):
+    module = CausalLM(config=LLAMA, lora=lora, gradient_checkpointing=True)
+    module.configure_model()
+    forwards = []
+    for layer in module.model.get_base_model().model.layers if lora else module.model.model.layers:
+        # before: recomputation stops as soon as all is there, inside of the last module
+        layer.mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
+    trainer(max_steps=1, limit_val_batches=0).fit(module, answers)
+    assert len(forwards) == 4
+
+
+def test_validation_loss_is_the_mean_over_answer_tokens(answers):
+    module = CausalLM(config=LLAMA)
+    metrics = validation_loss(module, answers)
+    losses = []
+    for batch in answers.val_dataloader():
+        with torch.no_grad():
+            logits = module.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        losses.append(
+            torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="none"
+            )[batch["labels"][:, 1:].flatten() != -100]
+        )
+    expected = torch.cat(losses).mean()
+    # per row: the answer and the end token
+    assert torch.cat(losses).numel() == sum(2 * n + 1 for n in range(1, 6))
+    torch.testing.assert_close(torch.tensor(metrics["val_loss"]), expected)
+    torch.testing.assert_close(torch.tensor(metrics["val_perplexity"]), expected.exp())
+
+
+def test_validation_loss_is_summed_in_float32(answers):
+    module = CausalLM(config=LLAMA)
+    validation_loss(module, answers, precision="bf16-true")
+    assert module.model.dtype == torch.bfloat16
+    assert module.mean_loss.mean_value.dtype == torch.float32
+
+
+def test_one_trainer_validates_fits_and_validates(answers):
+    seed_everything(0, verbose=False)
+    module = CausalLM(
+        config={**LLAMA, "initializer_range": 0.2}, optimization=Optimization(lr=1e-2, warmup=0.0)
+    )
+    run = trainer(max_steps=20)
+    before = run.validate(module, answers, verbose=False)[0]["val_loss"]
+    run.fit(module, answers)
+    after = run.validate(module, answers, verbose=False)[0]["val_loss"]
+    assert after < before - 0.5
+
+
+def test_classifier_learns_and_reports_accuracy(labelled):
+    seed_everything(0, verbose=False)
+    optimization = Optimization(lr=1e-2, warmup=0.0)
+    module = SequenceClassifier(config={**LLAMA, "num_labels": 2}, optimization=optimization)
+    run = trainer(max_steps=20)
+    run.validate(module, labelled, verbose=False)
+    run.fit(module, labelled)
+    metrics = run.validate(module, labelled, verbose=False)[0]
+    right = total = 0
+    for batch in labelled.val_dataloader():
+        with torch.no_grad():
+            right += (module(**batch).logits.argmax(-1) == batch["labels"]).sum().item()
+        total += len(batch["labels"])
+    assert metrics["val_accuracy"] == pytest.approx(right / total)
+    assert metrics["val_accuracy"] == 1
+    assert metrics["val_loss"] < 0.3
+
+
+def test_learning_rate_warms_up_and_decays_to_zero(answers):
+    module = CausalLM(config=LLAMA, optimization=Optimization(lr=1.0, warmup=0.2))
+    run = trainer(max_steps=10, limit_val_batches=0)
+    run.fit(module, answers)
+    schedule = run.lr_scheduler_configs[0].scheduler
+    rates = [schedule.lr_lambdas[0](step) for step in range(11)]
+    assert rates[:3] == [0, 0.5, 1]
+    assert sorted(rates[2:], reverse=True) == rates[2:]
+    assert rates[10] == pytest.approx(0)
+    assert schedule.get_last_lr() == [pytest.approx(0)]
+
+
+def test_refuses_a_schedule_without_end(answers):
+    endless = trainer(max_steps=-1, max_epochs=-1)
+    with pytest.raises(ValueError, match=r"set trainer\.max_steps or max_epochs"):
+        endless.fit(CausalLM(config=LLAMA), answers)
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(r=2)])
+def test_saved_model_is_found_by_from_pretrained(answers, tmp_path, lora):
+    base = CausalLM(config=LLAMA)
+    base.configure_model()
+    base.model.save_pretrained(tmp_path / "base")
+    module = CausalLM(str(tmp_path / "base"), lora=lora)
+    save = SavePretrained(str(tmp_path / "tuned"))
+    trainer(callbacks=[save], limit_val_batches=0).fit(module, answers)
+    if lora is None:
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        loaded = PeftModel.from_pretrained(loaded, tmp_path / "tuned")
+    ids = torch.tensor([[5, 6, 7]])
+    expected = module.model.eval()(ids).logits
+    torch.testing.assert_close(loaded(ids).logits, expected)
+    assert not torch.allclose(base.model(ids).logits, expected)
+    assert (tmp_path / "tuned" / "tokenizer_config.json").exists()
+
+
+def test_refuses_to_save_a_sharded_model(answers, tmp_path):
+    run = trainer()
+    run.strategy.__class__ = type("Sharded", (ModelParallelStrategy,), {})
+    with pytest.raises(ValueError, match="cannot save a model sharded by Sharded"):
+        SavePretrained(str(tmp_path)).setup(run, CausalLM(config=LLAMA), "fit")
+
+
+def test_checkpoint_resumes_and_loads(answers, tmp_path):
+    module = CausalLM(config=LLAMA, lora=LoRA(r=2))
+    first = trainer(max_epochs=1, max_steps=-1, limit_val_batches=0)
+    first.fit(module, answers)
+    first.save_checkpoint(tmp_path / "one.ckpt")
+    resumed = CausalLM(config=LLAMA, lora=LoRA(r=2))
+    second = trainer(max_epochs=2, max_steps=-1, limit_val_batches=0)
+    second.fit(resumed, answers, ckpt_path=tmp_path / "one.ckpt", weights_only=False)
+    assert second.global_step == 2 * first.global_step
+    loaded = CausalLM.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=False)
+    assert loaded.lora == LoRA(r=2)
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, module.get_parameter(name))
