@@ -1,9 +1,11 @@
 """Saliency-guided sparse backward passes for fine-tuning transformers with Lightning."""
 
 from lightning_sage.arguments import ReplayError as ReplayError
+from lightning_sage.callback import SageCallback as SageCallback
 from lightning_sage.install import Installation as Installation
 from lightning_sage.install import install as install
 from lightning_sage.install import uninstall as uninstall
+from lightning_sage.metrics import SageUsage as SageUsage
 from lightning_sage.policy import SagePolicy as SagePolicy
 from lightning_sage.selections import AllTokens as AllTokens
 from lightning_sage.selections import GradientMass as GradientMass

@@ -127,7 +127,8 @@ class Arguments:
             ReplayError: No hidden states, a filled cache, or an axis that cannot be told.
         """
         named = _parameter_names(block, len(args))
-        layer = next((m.layer_idx for m in block.modules() if hasattr(m, "layer_idx")), 0)
+        numbers = (getattr(module, "layer_idx", None) for module in block.modules())
+        layer = next((n for n in numbers if isinstance(n, int)), 0)
         args = tuple(_without_cache(name, x, layer) for name, x in zip(named, args, strict=True))
         kwargs = {name: _without_cache(name, x, layer) for name, x in kwargs.items()}
         if kwargs.get("output_attentions"):

@@ -43,8 +43,8 @@ class SagePolicy:
         unselected: `identity` computes every token in the forward pass; `skip` (the authors'
             released variant) lets unselected tokens skip the blocks after the first tenth, which
             changes the training forward.
-        blocks: Names, glob patterns (`*` is one part of a name) or a filter ``(module, name) -> bool`` that name the blocks;
-            None finds transformers' layers.
+        blocks: Names or glob patterns (`*` is one part of a name) of the blocks, or a filter
+            ``(module, name) -> bool``; None finds transformers' layers.
     """
 
     keep: Keep = TopMass(0.8)

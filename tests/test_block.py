@@ -561,7 +561,7 @@ def test_an_argument_whose_token_axis_is_ambiguous_is_refused(weight):
 
     model = Stack(Extra()).double()
     x = torch.randn(4, 4, 8, dtype=torch.float64)
-    with install(model, ALL), pytest.raises(ReplayError, match="'table' of shape .4. has an axis"):
+    with install(model, ALL), pytest.raises(ReplayError, match=r"'table' of shape .4. has an axis"):
         model(x, table=torch.zeros(4))
 
 

@@ -1,4 +1,4 @@
-"""Blocks are found, wrapped and given back without a trace; everything but training is untouched."""
+"""Blocks are found, wrapped and given back without a trace; only training is touched."""
 
 import copy
 import pickle
@@ -67,17 +67,21 @@ def test_install_leaves_no_trace_after_an_exception(model, batch, settled, where
     def fail(*_args, **_kwargs):
         raise KeyError(where)
 
-    with pytest.raises(KeyError, match=where), install(model):
-        with monkeypatch.context() as planted:
+    def train_badly(planted):
+        mlp = type(model.model.layers[1].mlp)
+        with install(model):
             if where == "attention":
                 planted.setattr(torch.nn.functional, "scaled_dot_product_attention", fail)
             elif where == "forward":
-                planted.setattr(type(model.model.layers[1].mlp), "forward", fail)
+                planted.setattr(mlp, "forward", fail)
             loss = model(**batch).loss
             if where == "backward":
-                planted.setattr(type(model.model.layers[1].mlp), "forward", fail)
+                planted.setattr(mlp, "forward", fail)
             loss.backward()
-        raise KeyError(where)
+            raise KeyError(where)
+
+    with monkeypatch.context() as planted, pytest.raises(KeyError, match=where):
+        train_badly(planted)
     model.zero_grad(set_to_none=True)
     assert state(model) == settled
     assert AttentionInterface.get_interface is get_interface
