@@ -4,15 +4,16 @@ Classes are transformers' own, unchanged; only the sizes are ours. They are chos
 axes agree: batch 5, 11 tokens, width 32, 4 query heads and 2 key heads of width 8.
 """
 
+import contextlib
 import copy
 import functools
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 VOCABULARY, PAD, CLASSES = 64, 0, 3
 WINDOW = 4  # shorter than any batch here, so that it is felt
@@ -107,18 +108,29 @@ MODELS = {
 }
 
 
-class DoubleSoftmax(TorchFunctionMode):
-    """Keeps the softmax of transformers' eager attention in float64 when all else is.
+@contextlib.contextmanager
+def exactly(name):
+    """Let a float64 model of `MODELS` compute in float64 throughout its blocks.
 
-    It casts to float32 whatever it is given, where the mask of a float64 model overflows to -inf
-    (rows that may attend to nothing become NaN) and no comparison could be closer than 1e-7.
+    Gemma casts norm weights and the eager softmax to float32 whatever it is given. Sums over rows
+    would agree to 1e-7 only, and the mask of a float64 model would overflow to -inf, turning rows
+    that may attend to nothing into NaN. (A TorchFunctionMode would not reach into backward.)
     """
+    cast, softmax = torch.Tensor.float, F.softmax
 
-    def __torch_function__(self, func, _types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if func is F.softmax and args[0].dtype == torch.float64:
-            kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
+    def keep_double(x, *args, **kwargs):
+        return x if x.dtype == torch.float64 else cast(x, *args, **kwargs)
+
+    def keep_double_softmax(x, *args, **kwargs):
+        if x.dtype == torch.float64:
+            kwargs["dtype"] = None
+        return softmax(x, *args, **kwargs)
+
+    with contextlib.ExitStack() as patches:
+        if name.startswith("gemma"):
+            patches.enter_context(mock.patch.object(torch.Tensor, "float", keep_double))
+            patches.enter_context(mock.patch.object(F, "softmax", keep_double_softmax))
+        yield
 
 
 class PlainBlock(nn.Module):
@@ -218,7 +230,7 @@ def make_batch(name, padding="right", *, size=5, length=11, every_token=False, s
     """
     case, draw = MODELS[name], torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (size, length), generator=draw)
-    pads = torch.arange(size).clamp(max=length - 3)[:, None] * (padding is not None)
+    pads = torch.arange(size).clamp(max=max(length - 3, 0))[:, None] * (padding is not None)
     position = torch.arange(length)
     if padding == "left":
         first, last = pads, torch.full_like(pads, length)
