@@ -127,8 +127,8 @@ class SageCLI(LightningCLI):
         except OSError:
             # another process has trained the same and was first
             shutil.rmtree(unfinished)
-        figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        self._say(f"pre-trained in {perf_counter() - started:.0f} s: {figures}; kept in {folder}")
+        figures = "".join(f", {name} {value:.4f}" for name, value in metrics.items())
+        self._say(f"pre-trained in {perf_counter() - started:.0f} s{figures}; kept in {folder}")
         return folder
 
     def _pretrain(self, settings: Pretraining, folder: Path) -> dict[str, float]:
@@ -146,7 +146,8 @@ class SageCLI(LightningCLI):
             callbacks=[SavePretrained(str(folder))],
         )
         trainer.fit(module, settings.data)
-        return dict(trainer.validate(module, settings.data, verbose=False)[0])
+        metrics = trainer.callback_metrics.items()
+        return {name: float(value) for name, value in metrics if name.startswith("val_")}
 
     def _pretraining_key(self) -> str:
         """Checksum of what decides the pre-trained weights; the text is the interpreter's own."""

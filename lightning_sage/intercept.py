@@ -75,7 +75,7 @@ class Tap(TorchFunctionMode):
     def __init__(self, handler: Handler) -> None:
         super().__init__()
         self.handler = handler
-        self._unrepeated: tuple[Tensor, Tensor] | None = None
+        self._shown: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __enter__(self) -> Tap:
         self._outer, _current.tap = _current.tap, self
@@ -111,12 +111,16 @@ class Tap(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor:
         refuse_attention_dropout(dropout_p)
-        unrepeated, self._unrepeated = self._unrepeated, None
-        k, v = unrepeated or (key, value)
-        call = AttentionCall(query, k, v, attn_mask, is_causal, scale or query.shape[-1] ** -0.5)
-        if unrepeated is not None:
+        shown, self._shown = self._shown, None
+        q, k, v = shown or (query, key, value)
+        if q.shape != query.shape and attn_mask is not None and attn_mask.shape[1] > 1:
+            attn_mask = attn_mask.reshape(len(q), q.shape[1], 1, -1)
+        call = AttentionCall(q, k, v, attn_mask, is_causal, scale or q.shape[-1] ** -0.5)
+        if shown is not None:
             call.repeated = key, value
-        return self.handler.attention(_checked(_as_autocast(call)))
+        out = self.handler.attention(_checked(_as_autocast(call)))
+        # of a single token transformers folds the query heads into the token axis
+        return out if q.shape == query.shape else out.reshape(*query.shape[:-1], -1)
 
     def _dropout(
         self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
@@ -134,7 +138,7 @@ class Tap(TorchFunctionMode):
         ) -> Any:
             if name == "sdpa":
                 # F.scaled_dot_product_attention follows, perhaps with repeated keys
-                self._unrepeated = key, value
+                self._shown = query, key, value
                 return function(module, query, key, value, *args, **kwargs)
             return self._eager(function, module, query, key, value, *args, **kwargs)
 

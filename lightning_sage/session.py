@@ -90,10 +90,12 @@ class Session:
                 "output_attentions=True asks for every attention weight, which a training forward "
                 "with SAGE never holds: leave it out, or ask under torch.no_grad()"
             )
-        for name in ("labels", "attention_mask"):
-            if isinstance(kwargs.get(name), Tensor):
-                self._said[name] = kwargs[name]
-                self._said["owner"] = type(module).__name__
+        labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
+        if isinstance(labels, Tensor):
+            self._said |= {"labels": labels, "owner": type(module).__name__}
+        # an encoder is handed the mask of pairs under the same name
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            self._said["attention_mask"] = mask
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of every module above a block, also called when the forward raised."""

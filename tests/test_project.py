@@ -1,0 +1,159 @@
+"""The project itself: who imports whom, what is documented, and that README and examples run."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning_sage
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lightning_sage"
+README = (ROOT / "README.md").read_text()
+
+# a file may import what its row names, and the standard library
+MAY_IMPORT = {
+    "ops/reference": {"torch"},
+    "ops/stock": {"torch", "ops"},
+    "ops/__init__": {"torch", "ops"},
+    "selections": {"torch"},
+    "policy": {"torch", "selections"},
+    "arguments": {"torch"},
+    "memory": {"torch"},
+    "masks": {"torch"},
+    "intercept": {"torch", "arguments"},
+    "replay": {"torch", "arguments", "intercept", "masks", "ops"},
+    "cache": {"torch", "masks", "ops", "replay"},
+    "session": {"torch", "arguments", "masks", "ops", "policy", "replay", "selections"},
+    "job": {"torch", "arguments", "intercept", "replay", "session"},
+    "selfcheck": {
+        "torch", "arguments", "cache", "intercept", "job", "masks", "memory", "ops", "replay",
+    },
+    "block": {
+        "torch", "arguments", "cache", "job", "masks", "ops", "replay", "selfcheck", "session",
+    },
+    "install": {"torch", "block", "job", "policy", "session"},
+    "metrics": {"torch", "torchmetrics", "memory"},
+    "callback": {"lightning", "rich", "arguments", "install", "metrics", "policy", "memory"},
+    "models": {"torch", "lightning", "torchmetrics", "transformers", "peft"},
+    "data": {"torch", "lightning", "transformers", "datasets"},
+    "corpus": {"torch", "data"},
+    "report": set(),
+    "cli": {"lightning", "jsonargparse", "rich", "corpus", "models", "selections"},
+    "__main__": {"cli"},
+}  # fmt: skip
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} imports relatively"
+            if node.module == PACKAGE.name:
+                yield from (f"{PACKAGE.name}.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def test_imports_go_one_way():
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        layer = path.relative_to(PACKAGE).with_suffix("").as_posix()
+        if layer == "__init__":
+            continue
+        for name in imported(path):
+            head, *rest = name.split(".")
+            target = rest[0] if head == PACKAGE.name else head
+            if target not in MAY_IMPORT[layer] | sys.stdlib_module_names:
+                wrong.append(f"{layer} imports {target}")
+    assert not wrong
+
+
+def test_the_import_table_has_no_cycle_and_no_stale_row():
+    files = {p.relative_to(PACKAGE).with_suffix("").as_posix() for p in PACKAGE.rglob("*.py")}
+    assert set(MAY_IMPORT) == files - {"__init__"}
+    order = list(MAY_IMPORT)
+    for row, names in MAY_IMPORT.items():
+        inside = {n for n in names if n in order}
+        # a type of job is named in selfcheck, which job never imports
+        assert all(order.index(n) < order.index(row) for n in inside), row
+
+
+def test_every_file_says_its_reason_first():
+    for path in [*PACKAGE.rglob("*.py"), *ROOT.glob("examples/*.py")]:
+        first = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]
+        assert first.endswith((".", ":", "?", "`.")), path.name
+
+
+def test_public_names_are_documented():
+    for name in vars(lightning_sage):
+        item = getattr(lightning_sage, name)
+        if name[0].isupper() or inspect.isfunction(item):
+            assert inspect.getdoc(item), name
+            assert item.__module__.startswith("lightning_sage."), name
+
+
+def test_the_top_level_is_what_was_agreed():
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.split()
+    if not tracked:
+        pytest.skip("not a git checkout")
+    top = {name.split("/")[0] for name in tracked if not name.startswith(".")}
+    assert top == {
+        "pyproject.toml", "lightning_sage", "configs", "tests", "examples", "README.md", "LICENSE",
+    }  # fmt: skip
+
+
+def test_code_stays_small():
+    for path in PACKAGE.rglob("*.py"):
+        source = path.read_text()
+        assert source.count("\n") <= 300, path.name
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                lines = node.end_lineno - node.body[0].lineno + 1
+                assert lines <= 60, f"{path.name}: {node.name} has {lines} lines"
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_readme_snippets_run(number, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code = compile(blocks("python")[number], f"README snippet {number}", "exec")
+    import snippets
+
+    exec(code, snippets.names())
+
+
+def test_the_quickstart_example_runs(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    source = (ROOT / "examples" / "quickstart.py").read_text()
+    assert source.count("\n") <= 40
+    exec(compile(source, "quickstart.py", "exec"), {"__name__": "__main__"})
+    assert "tokens kept" in capsys.readouterr().out
+
+
+def test_readme_is_short_and_shows_code_early():
+    lines = README.split("\n")
+    assert len(lines) <= 150
+    assert next(i for i, line in enumerate(lines) if line.startswith("```python")) < 24
+
+
+def test_readme_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r'src="([^":]+)"', README):
+        assert (ROOT / target).exists(), target
+
+
+def test_ci_runs_the_readme_command():
+    match = re.search(r"<!-- tests -->\n```bash\n(.*?)```", README, re.DOTALL)
+    assert match
+    assert "pytest" in match[1]
+    assert "tests/constraints.txt" in match[1]
+    assert "<!-- tests -->" in (ROOT / ".ci" / "run").read_text()
