@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from lightning_sage import Installation, SagePolicy, install
-from lightning_sage.metrics import MIB, SageUsage, saved_bytes
+from lightning_sage.memory import MIB, saved_bytes
+from lightning_sage.metrics import SageUsage
 
 # vocabulary, width, width of the MLP, blocks, query heads, key heads, tied embedding
 SHAPES = {

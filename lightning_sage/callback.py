@@ -17,7 +17,8 @@ from rich.table import Table
 
 from lightning_sage.arguments import ReplayError
 from lightning_sage.install import Installation, install
-from lightning_sage.metrics import MIB, SageUsage
+from lightning_sage.memory import MIB
+from lightning_sage.metrics import SageUsage
 from lightning_sage.policy import SagePolicy
 
 

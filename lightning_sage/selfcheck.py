@@ -17,6 +17,7 @@ from lightning_sage import ops
 from lightning_sage.arguments import ReplayError
 from lightning_sage.cache import keep_attention, keep_hidden
 from lightning_sage.intercept import AttentionCall, Tap, random_state_kept
+from lightning_sage.memory import saved_bytes
 from lightning_sage.replay import Recorder, Replayer, Rows, Seed, Seen
 
 if TYPE_CHECKING:
@@ -196,29 +197,11 @@ def dense_bytes(job: Job) -> int:
     Parameters, buffers and arguments that blocks share are not counted.
     """
     block = job.block
-    shared = {id_of(x) for x in [*block.parameters(), *block.buffers(), *job.leaves().values()]}
-    saved: dict[int, int] = {}
-    keep: list[Tensor] = []
-
-    def pack(x: Tensor) -> Tensor:
-        if id_of(x) not in shared and id_of(x) not in saved:
-            saved[id_of(x)] = x.untyped_storage().nbytes()
-            keep.append(x)
-        return x
-
-    hidden = job.hidden.detach()
-    with (
-        torch.enable_grad(),
-        job.surroundings.restored(),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
-    ):
-        args, kwargs = job.arguments.call({job.arguments.hidden: hidden.requires_grad_()})
+    there = [*block.parameters(), *block.buffers(), *job.leaves().values()]
+    hidden = job.hidden.detach().requires_grad_()
+    with torch.enable_grad(), job.surroundings.restored(), saved_bytes(exclude=there) as held:
+        args, kwargs = job.arguments.call({job.arguments.hidden: hidden})
         output = job.wrapped.run(block, *args, **kwargs)
+        bytes_held = held()
     del output
-    return sum(saved.values())
-
-
-def id_of(x: Tensor) -> int:
-    """Identity of a tensor's storage while it lives."""
-    identity: int = x.untyped_storage()._cdata
-    return identity
+    return bytes_held

@@ -1,8 +1,5 @@
 """The judges: how far a result is from another, and what is held for a backward pass."""
 
-import weakref
-from contextlib import contextmanager
-
 import torch
 
 
@@ -87,38 +84,3 @@ def parameter_gradients(model):
         for name, p in model.named_parameters()
         if p.requires_grad
     }
-
-
-class _Held:
-    """Stands in the graph for a saved tensor: lives as long as the graph needs it."""
-
-    def __init__(self, tensor):
-        # detached: a saved output would else hold the node that holds it
-        self.tensor = tensor.detach()
-
-
-@contextmanager
-def saved_bytes(exclude=()):
-    """Count what the graph built inside holds for backward; yields a function giving bytes now.
-
-    Whole storages are counted, each once: a view keeps all of its base alive. Tensors of
-    `exclude` (parameters and buffers, say) are there anyway and are left out.
-    """
-    alive = weakref.WeakSet()
-    excluded = {tensor.untyped_storage().data_ptr() for tensor in exclude}
-
-    def pack(tensor):
-        held = _Held(tensor)
-        alive.add(held)
-        return held
-
-    def count():
-        storages = {}
-        for held in alive:
-            storage = held.tensor.untyped_storage()
-            if storage.data_ptr() not in excluded:
-                storages[held.tensor.device, storage.data_ptr()] = storage.nbytes()
-        return sum(storages.values())
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
-        yield count

@@ -4,10 +4,10 @@ import lightning.pytorch as L
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from zoo import build, make_batch
 
 from lightning_sage import SagePolicy
 from lightning_sage.block import ATTRIBUTE
+from zoo import build, make_batch
 
 LIGHTNING_WARNINGS = [
     # Lightning asks torch's pytree in the old way

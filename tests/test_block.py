@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import lightning_sage.block
 import zoo
-from accuracy import assert_gradients_close, loss_and_gradients, parameter_gradients, saved_bytes
+from accuracy import assert_gradients_close, loss_and_gradients, parameter_gradients
 from lightning_sage import (
     AllTokens,
     ImportanceSampling,
@@ -22,6 +22,7 @@ from lightning_sage import (
     TopMass,
     install,
 )
+from lightning_sage.memory import saved_bytes
 
 ALL = SagePolicy(keep=AllTokens(), replay=None, blocks=["blocks.*"])
 

@@ -5,6 +5,11 @@ import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, EMAWeightAveraging, LearningRateFinder
+from torch.utils.data import DataLoader
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from lightning_sage import AllTokens, SagePolicy, install
+from lightning_sage.callback import SageCallback
 from tasks import (
     HALF,
     LIGHTNING_WARNINGS,
@@ -19,12 +24,7 @@ from tasks import (
     traces,
     wrapped,
 )
-from torch.utils.data import DataLoader
-from transformers.models.llama.modeling_llama import LlamaMLP
 from zoo import PlainModel, make_batch
-
-from lightning_sage import AllTokens, SagePolicy, install
-from lightning_sage.callback import SageCallback
 
 pytestmark = LIGHTNING_WARNINGS
 

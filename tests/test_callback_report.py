@@ -7,11 +7,11 @@ import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from tasks import HALF, LIGHTNING_WARNINGS, PLAIN, Task, Witness, batches, fit, llama, traces
-from zoo import PlainModel
 
 from lightning_sage import AllTokens, ReplayError, SagePolicy
 from lightning_sage.callback import SageCallback
+from tasks import HALF, LIGHTNING_WARNINGS, PLAIN, Task, Witness, batches, fit, llama, traces
+from zoo import PlainModel
 
 pytestmark = LIGHTNING_WARNINGS
 

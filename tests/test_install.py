@@ -277,7 +277,7 @@ def test_check_asks_again_after_a_pass(model, batch, monkeypatch):
 
 def test_dense_saved_bytes_are_those_of_a_dense_step(batch):
     """Counted block by block, against a dense step of the whole body."""
-    from accuracy import saved_bytes
+    from lightning_sage.memory import saved_bytes
 
     model = zoo.build("llama", lora=True)
     body = model.get_base_model().model

@@ -1,8 +1,10 @@
 """The judges are judged: against finite differences, autograd, and faults planted in them."""
 
-import oracle as judge
 import pytest
 import torch
+from torch.nn import functional as F
+
+import oracle as judge
 import zoo
 from accuracy import (
     assert_as_accurate,
@@ -10,10 +12,9 @@ from accuracy import (
     cosine,
     loss_and_gradients,
     relative_error,
-    saved_bytes,
 )
+from lightning_sage.memory import saved_bytes
 from oracle import Rows, oracle
-from torch.nn import functional as F
 
 MODES = ("salient", "full")
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+import lightning_sage.memory
 import lightning_sage.metrics
-from lightning_sage.metrics import SageUsage, saved_bytes
+from lightning_sage.memory import saved_bytes
+from lightning_sage.metrics import SageUsage
 
 
 def record(valid, kept, replayed=None, cached_bytes=0, device="cpu"):
@@ -30,8 +32,9 @@ def values(usage):
     return {name: value.item() for name, value in usage.compute().items()}
 
 
-def test_doctests():
-    tried = doctest.testmod(lightning_sage.metrics)
+@pytest.mark.parametrize("module", [lightning_sage.memory, lightning_sage.metrics])
+def test_doctests(module):
+    tried = doctest.testmod(module)
     assert tried.attempted
     assert not tried.failed
 

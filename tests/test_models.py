@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+
 import zoo
 from accuracy import (
     assert_as_accurate,
@@ -14,8 +15,6 @@ from accuracy import (
     relative_error,
     scales,
 )
-from oracle import oracle, replayed
-
 from lightning_sage import (
     AllTokens,
     GradientMass,
@@ -25,6 +24,7 @@ from lightning_sage import (
     TopMass,
     install,
 )
+from oracle import oracle, replayed
 
 MODES = ("salient", "full")
 ADAPTATIONS = {"full": False, "lora": True}

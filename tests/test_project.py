@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lightning_sage
 import pytest
+
+import lightning_sage
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_sage"
