@@ -68,17 +68,19 @@ def _is_layer(module: nn.Module, layers: types.ModuleType) -> bool:
 
 
 def _nothing_found(model: nn.Module, policy: SagePolicy) -> str:
-    lists = [
-        f"{name or '(root)'}: {len(module)} x {type(module[0]).__name__}"
+    lists = {
+        name: f"{len(module)} x {type(module[0]).__name__}"
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module)
-    ]
-    seen = Counter(type(m).__name__ for m in model.modules())
+    }
+    example = max(lists, default="layers")
+    seen = Counter(type(m).__name__ for m in model.modules()).most_common(12)
     wanted = "a transformers layer" if policy.blocks is None else f"blocks={policy.blocks!r}"
     return (
-        f"no block found: nothing in {type(model).__name__} is {wanted}. Name the blocks with "
-        f"SagePolicy(blocks=['layers.*']). Lists of modules: {'; '.join(lists) or 'none'}. "
-        f"Modules: {', '.join(f'{n} x {c}' for n, c in seen.most_common(12))}"
+        f"no block found: nothing in {type(model).__name__} is {wanted}. Name the blocks, as in "
+        f"SagePolicy(blocks=['{example}.*']). Lists of modules: "
+        f"{'; '.join(f'{name}: {text}' for name, text in lists.items()) or 'none'}. "
+        f"Modules: {', '.join(f'{name} x {count}' for name, count in seen)}"
     )
 
 

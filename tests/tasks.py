@@ -18,7 +18,7 @@ LIGHTNING_WARNINGS = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
 ]
 HALF = SagePolicy(keep=0.5)
-PLAIN = SagePolicy(keep=0.5, blocks=["*blocks.?"])
+PLAIN = SagePolicy(keep=0.5, blocks=["model.blocks.*"])
 QUIET = dict.fromkeys(
     ("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False
 )

@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 
 import lightning_sage
+import snippets
+from tasks import LIGHTNING_WARNINGS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_sage"
 README = (ROOT / "README.md").read_text()
+
+pytestmark = LIGHTNING_WARNINGS
 
 # a file may import what its row names, and the standard library
 MAY_IMPORT = {
@@ -124,12 +128,11 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+@pytest.mark.filterwarnings("ignore:.*`tensorboardX` has been removed")
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
 def test_readme_snippets_run(number, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     code = compile(blocks("python")[number], f"README snippet {number}", "exec")
-    import snippets
-
     exec(code, snippets.names())
 
 

@@ -1,0 +1,11 @@
+"""What the README's snippets take for granted: a module and its data, a model and a batch."""
+
+import torch
+import zoo
+from tasks import Task
+
+
+def names():
+    task = Task(zoo.build("llama", dtype=torch.float32))
+    batch = zoo.make_batch("llama", "right")
+    return {"module": task, "data": task.train_dataloader(), "model": task.model, "batch": batch}
