@@ -1,6 +1,7 @@
 """What the README's snippets take for granted: a module and its data, a model and a batch."""
 
 import torch
+
 import zoo
 from tasks import Task
 

@@ -1,10 +1,10 @@
-"""The engine on a CUDA device: gradients, the fused backward, and memory as the allocator sees it."""
+"""The engine on a CUDA device: gradients, the fused backward, memory as the allocator sees it."""
 
 import pytest
 import torch
+
 import zoo
 from accuracy import assert_as_accurate, loss_and_gradients, one_vector, scales
-
 from lightning_sage import AllTokens, SagePolicy, install
 from lightning_sage.ops import stock
 
