@@ -38,7 +38,8 @@ class SagePolicy:
         sinks: First valid tokens of a sample that are always kept.
         keep_last: Always keep the last valid token.
         keep_loss_rows: Always keep the loss-bearing rows; where they alone exceed the budget of
-            `keep`, the highest-scored of them.
+            `keep`, the highest-scored of them. Sinks and last token come on top of the budget
+            where the loss-bearing rows fill it.
         dense_blocks: Blocks left as they are: the first n, the last n (negative), or indices.
         unselected: `identity` computes every token in the forward pass; `skip` (the authors'
             released variant) lets unselected tokens skip the blocks after the first tenth, which
@@ -106,7 +107,7 @@ class SagePolicy:
             loss_rows: ``[B, T]`` bool, True where the row bears loss.
 
         Returns:
-            ``[B, T]`` int64: 2 for sinks and the last valid token, 1 for loss-bearing rows, else 0.
+            ``[B, T]`` int64: 2 for sinks and the last valid token, plus 1 for loss-bearing rows.
         """
         order = valid.long().cumsum(-1)
         fixed = valid & (order <= self.sinks)
@@ -114,7 +115,7 @@ class SagePolicy:
             fixed = fixed | (valid & (order == order[:, -1:]))
         priority = 2 * fixed.long()
         if self.keep_loss_rows:
-            priority = priority.maximum((loss_rows & valid).long())
+            priority = priority + (loss_rows & valid).long()
         return priority
 
     def left_dense(self, count: int) -> set[int]:

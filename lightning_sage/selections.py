@@ -46,8 +46,8 @@ class Selection:
         Args:
             scores: ``[B, T]`` float64, non-negative, summing to 1 per sample.
             valid: ``[B, T]`` bool, False on padding; never chosen there.
-            priority: ``[B, T]`` int64: 2 for rows that are always in (sinks, last token), 1 for
-                loss-bearing rows, 0 for the rest.
+            priority: ``[B, T]`` int64, see :func:`SagePolicy.priority`: rows of 2 and 3 are always
+                in, rows of 1 and 3 bear loss.
             noise: ``[B, T]`` float64, uniform in [0, 1).
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be used as keep")
@@ -89,9 +89,11 @@ def _ranked(scores: Tensor, priority: Tensor, eligible: Tensor) -> Tensor:
 
 
 def _budget(fraction: float, valid: Tensor, priority: Tensor) -> Tensor:
-    """Rows a sample may keep: its fraction, rounded up, but at least the rows always in."""
+    """Rows a sample may keep: its fraction, rounded up; rows always in take none from loss rows."""
     share = (valid.sum(-1) * fraction).ceil().long()
-    return share.maximum((priority == 2).sum(-1))
+    loss_rows = (priority % 2 == 1).sum(-1).minimum(share)
+    needed = loss_rows + (priority == 2).sum(-1)
+    return share.maximum(needed).maximum((priority >= 2).sum(-1))
 
 
 class TopFraction(Selection):
@@ -226,7 +228,7 @@ class ImportanceSampling(Selection):
     def keep(self, scores: Tensor, valid: Tensor, priority: Tensor, noise: Tensor) -> Chosen:
         """See :func:`Selection.keep`; the budget is the batch's, not each sample's."""
         budget = (valid.sum() * self.fraction).ceil()
-        certain = torch.where((priority > 0).sum() <= budget, priority > 0, priority == 2)
+        certain = torch.where((priority > 0).sum() <= budget, priority > 0, priority >= 2)
         mean = scores.sum() / valid.sum().clamp(min=1)
         weights = scores / mean.clamp(min=1e-300) + self.uniform
         weights = weights.masked_fill(~valid | certain, 0.0)

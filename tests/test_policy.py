@@ -190,3 +190,15 @@ def test_policies_compare_and_print_by_value():
     assert SagePolicy(keep=TopMass(0.5)) != SagePolicy(keep=TopFraction(0.5))
     assert len({SagePolicy(), SagePolicy()}) == 1
     assert "TopMass(mass=0.8, min_tokens=8, max_fraction=None)" in repr(SagePolicy())
+
+
+def test_rows_always_in_take_no_place_from_loss_rows():
+    valid = torch.ones(1, 20, dtype=torch.bool)
+    scores = torch.full((1, 20), 0.05, dtype=torch.float64)
+    loss_rows = torch.arange(20)[None] >= 15
+    priority = SagePolicy(sinks=2).priority(valid, loss_rows)
+    assert priority[0].tolist() == [2, 2, *[0] * 13, 1, 1, 1, 1, 3]
+    rows = keep(TopFraction(0.25), scores, valid, priority).rows[0]
+    assert rows.nonzero().flatten().tolist() == [0, 1, 15, 16, 17, 18, 19]
+    everywhere = SagePolicy(sinks=2).priority(valid, valid)
+    assert keep(TopFraction(0.25), scores, valid, everywhere).rows.sum() == 5
