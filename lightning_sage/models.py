@@ -151,7 +151,8 @@ class HuggingFaceModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean over all that was weighed."""
-        self.log("val_loss", self.mean_loss.compute(), prog_bar=True)
+        # compute() is already over all ranks; sync_dist only tells Lightning
+        self.log("val_loss", self.mean_loss.compute(), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW on what is trainable, and its schedule.
@@ -190,7 +191,7 @@ class CausalLM(HuggingFaceModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the perplexity too."""
-        self.log("val_perplexity", self.mean_loss.compute().exp())
+        self.log("val_perplexity", self.mean_loss.compute().exp(), sync_dist=True)
         super().on_validation_epoch_end()
 
 
@@ -218,7 +219,7 @@ class SequenceClassifier(HuggingFaceModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the accuracy too."""
-        self.log("val_accuracy", self.accuracy.compute(), prog_bar=True)
+        self.log("val_accuracy", self.accuracy.compute(), prog_bar=True, sync_dist=True)
         super().on_validation_epoch_end()
 
 
