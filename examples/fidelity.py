@@ -144,7 +144,7 @@ def gains(base: nn.Module) -> Iterator[dict[str, Any]]:
     everything = AllTokens()
     tasks = {
         "every token, full fine-tuning": (
-            Task(StdlibWindows(loading), rank=0, lr=1e-3),
+            Task(StdlibWindows(loading), rank=0, lr=3e-4),
             (
                 None,
                 SagePolicy(keep=everything, replay=ImportanceSampling(0.5)),

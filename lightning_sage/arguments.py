@@ -20,6 +20,10 @@ class ReplayError(RuntimeError):
     """A block that cannot be replayed on some of its rows; the message names it and says why."""
 
 
+# arguments of these names are keys and values from elsewhere
+CROSS = ("encoder_hidden_states", "cross_attention_states")
+
+
 class Axis(Enum):
     """Where the tokens of an argument are."""
 
@@ -76,7 +80,8 @@ def _packed(x: Tensor, axis: Axis, rows: Tensor, T: int) -> Tensor:
         case Axis.SECOND if x.dim() == 3:
             return x[:, sample if x.shape[1] > 1 else 0, token].unsqueeze(1)
         case Axis.SECOND:
-            return x[sample if x.shape[0] > 1 else 0, :, token].movedim(0, -2).unsqueeze(0)
+            picked = x[0][:, token] if x.shape[0] == 1 else x[sample, :, token].movedim(0, 1)
+            return picked.unsqueeze(0)
         case Axis.PAIRS:
             # attention ignores it; its shape keeps the block on the same branch
             size = [1 if d == 0 else m for d, m in enumerate(x.shape)]
@@ -92,11 +97,18 @@ def _without_cache(name: str, value: Any, layer: int) -> Any:
     length = getattr(value, "get_seq_length", None)
     if length is None:
         return value
-    # of this layer: blocks left dense fill theirs in the same forward
-    if length(layer) > 0:
+    try:
+        # of this layer: blocks left dense fill theirs in the same forward
+        filled = length(layer)
+    except (ValueError, IndexError, KeyError) as error:
         raise ReplayError(
-            f"argument '{name}' is a filled KV cache of {length(layer)} tokens (prefix tuning?), "
-            "which cannot be replayed: train without it, or without SAGE"
+            f"argument '{name}' holds no keys and values of this layer (it shares another's?): "
+            "leave the layers that share dense with dense_blocks"
+        ) from error
+    if filled > 0:
+        raise ReplayError(
+            f"argument '{name}' is a filled KV cache of {filled} tokens (prefix tuning?), which "
+            "cannot be replayed: train without it, or without SAGE"
         )
     return None
 
@@ -131,15 +143,24 @@ class Arguments:
         layer = next((n for n in numbers if isinstance(n, int)), 0)
         args = tuple(_without_cache(name, x, layer) for name, x in zip(named, args, strict=True))
         kwargs = {name: _without_cache(name, x, layer) for name, x in kwargs.items()}
-        if kwargs.get("output_attentions"):
-            raise ReplayError("output_attentions is requested, and weights of kept rows only exist")
         leaves, spec = pytree.tree_flatten((args, kwargs))
         names = [n for n, x in zip(named, args, strict=True) for _ in pytree.tree_leaves(x)]
         names += [n for n, x in kwargs.items() for _ in pytree.tree_leaves(x)]
-        hidden = next((i for i, x in enumerate(leaves) if isinstance(x, Tensor)), None)
+        tensors = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
+        by_name = [i for i in tensors if names[i] == "hidden_states"]
+        hidden = next(iter(by_name + tensors), None)
         if hidden is None or leaves[hidden].dim() != 3 or not leaves[hidden].is_floating_point():
             shown = None if hidden is None else list(leaves[hidden].shape)
-            raise ReplayError(f"its first tensor is not hidden states [B, T, C] but {shown}")
+            raise ReplayError(
+                f"its first tensor is not hidden states [B, T, C] but {shown}: leave it dense with "
+                "dense_blocks, or name other blocks with blocks"
+            )
+        cross = [names[i] for i in tensors if names[i].startswith(CROSS)]
+        if cross:
+            raise ReplayError(
+                f"argument '{cross[0]}' is for cross-attention, which is not replayed yet: leave "
+                "the decoder's blocks dense with dense_blocks"
+            )
         B, T, _ = leaves[hidden].shape
         axes = {i: _axis(names[i], x, B, T) for i, x in enumerate(leaves) if isinstance(x, Tensor)}
         axes[hidden] = Axis.BATCHED
@@ -155,7 +176,10 @@ class Arguments:
     def signature(self) -> tuple[Any, ...]:
         """What decides how the call is replayed; equal calls are checked once."""
         tensors = ((self.names[i], axis, self.leaves[i].dim()) for i, axis in self.axes.items())
-        return (tuple(tensors), self.leaves[self.hidden].dtype)
+        switches = (x for x in self.leaves if isinstance(x, str | bool))
+        # longer by a power of two: positions may start to matter
+        hidden = self.leaves[self.hidden]
+        return (*tensors, *switches, hidden.dtype, hidden.shape[1].bit_length())
 
     def differentiable(self) -> list[int]:
         """Indices of the tensors, besides the hidden states, that want a gradient."""

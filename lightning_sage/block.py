@@ -28,13 +28,23 @@ def sparse_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     of the layer norms, and rows drawn by importance sampling correct it without bias, since their
     1/p weights (block minus identity).
 
+    Buffers that the block updates in its forward are updated once more by its replay.
+
     Raises:
         ReplayError: The block cannot be replayed on some of its rows.
     """
-    wrapped: Wrapped = block.__dict__[ATTRIBUTE]
+    wrapped: Wrapped | None = block.__dict__.get(ATTRIBUTE)
+    if wrapped is None:
+        # removed, while somebody who wrapped the block after us still calls here
+        return type(block).forward(block, *args, **kwargs)
     if not torch.is_grad_enabled():
         return wrapped.run(block, *args, **kwargs)
     try:
+        if getattr(block, "gradient_checkpointing", False):
+            raise ReplayError(
+                "gradient checkpointing was switched on after SAGE was installed: switch it off, "
+                "or on before, and SAGE takes its place"
+            )
         arguments = Arguments.of(block, args, kwargs)
         slots = trainable(block)
         hidden = arguments.leaves[arguments.hidden]
@@ -173,12 +183,7 @@ def _replay(
     wants: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """Gradients of hidden states, other differentiable arguments and parameters."""
-    targets = [getattr(module, name) for module, name in job.slots]
-    if [x._version for x in targets] != job.versions:
-        raise RuntimeError(
-            f"a parameter of block '{job.wrapped.name}' was modified in place after the forward "
-            "pass whose backward pass needs it"
-        )
+    targets = job.trained()
     cache, weights = _chosen_rows(job, cache, grad)
     grad_rows = ops.gather_rows(grad, cache.index)
     weighted = grad_rows if weights is None else grad_rows * weights.to(grad.dtype)
@@ -192,8 +197,9 @@ def _replay(
         if len(cache.index):
             rows = _rows_of(cache.index, job.B, job.T)
             handler = Replayer(job.seed, rows, cache.attention, cache.visible)
-            out = job.run(handler, *job.packed_call(rows, hidden, leaves))
-            job._outputs = None
+            with job.modes_restored():
+                out = job.run(handler, *job.packed_call(rows, hidden, leaves))
+            job.forget_output()
             with _hooks_off(targets):
                 found = list(
                     torch.autograd.grad(

@@ -212,9 +212,11 @@ def uninstall(model: nn.Module) -> None:
     for module in model.modules():
         mark = module.__dict__.pop(ATTRIBUTE, None)
         if mark is not None:
-            module.__dict__.pop("forward", None)
-            if mark.previous is not None:
-                module.__dict__["forward"] = mark.previous
+            # a wrapper that came after us stays; it finds the block's own forward behind it
+            if getattr(module.__dict__.get("forward"), "func", None) is sparse_forward:
+                del module.__dict__["forward"]
+                if mark.previous is not None:
+                    module.__dict__["forward"] = mark.previous
             if mark.checkpointing is not None:
                 module.gradient_checkpointing = mark.checkpointing
         for hooks, extras in (

@@ -96,7 +96,10 @@ class Surroundings:
 
 
 class Job:
-    """One call of one block, from its forward to its backward; holds no tensor after forward."""
+    """One call of one block, from its forward to its backward.
+
+    After the forward it holds parameters, and the record's marks of rows, but no activation.
+    """
 
     def __init__(
         self,
@@ -112,7 +115,9 @@ class Job:
         hidden = arguments.leaves[arguments.hidden]
         self.B, self.T, self.C = hidden.shape
         self.extra, self.shared = arguments.differentiable(), arguments.shared()
-        self.versions = [getattr(m, n)._version for m, n in slots]
+        self.modes = [module.training for module in block.modules()]
+        self.parameters = [getattr(m, n) for m, n in slots]
+        self.versions = [parameter._version for parameter in block.parameters()]
         self.causal: list[bool] = []
         self.record = BlockRecord(wrapped.name, hidden.new_empty(0), hidden.new_empty(0))
         self._pairs: dict[int, Tensor] = {}
@@ -156,6 +161,40 @@ class Job:
         out: Tensor = leaves[place]
         return out
 
+    def trained(self) -> list[Tensor]:
+        """The parameters whose gradients are returned, as they are now.
+
+        Raises:
+            RuntimeError: A parameter is not what the forward used.
+        """
+        now = [getattr(module, name) for module, name in self.slots]
+        for x, y in zip(now, self.parameters, strict=True):
+            # views that a sharding strategy lays anew are no parameters
+            if x is not y and (isinstance(x, nn.Parameter) or isinstance(y, nn.Parameter)):
+                raise RuntimeError(
+                    f"a parameter of block '{self.wrapped.name}' was replaced after the forward "
+                    "pass whose backward pass needs it"
+                )
+        if [parameter._version for parameter in self.block.parameters()] != self.versions:
+            raise RuntimeError(
+                f"a parameter of block '{self.wrapped.name}' was modified in place after the "
+                "forward pass whose backward pass needs it"
+            )
+        return now
+
+    @contextmanager
+    def modes_restored(self) -> Iterator[None]:
+        """Train and eval modes of the forward, and whatever there is now afterwards."""
+        modules = list(self.block.modules())
+        before = [module.training for module in modules]
+        try:
+            for module, mode in zip(modules, self.modes, strict=True):
+                module.training = mode
+            yield
+        finally:
+            for module, mode in zip(modules, before, strict=True):
+                module.training = mode
+
     def output(self, hidden: Tensor) -> Any:
         """What the block returned, with `hidden` in the place of its hidden states."""
         assert self._outputs is not None
@@ -163,6 +202,10 @@ class Job:
         self._outputs = None
         leaves[place] = hidden
         return pytree.tree_unflatten(leaves, spec)
+
+    def forget_output(self) -> None:
+        """Drop what :func:`Job.run` remembered."""
+        self._outputs = None
 
     def packed_call(
         self, rows: Rows, hidden: Tensor, leaves: dict[int, Tensor]

@@ -71,8 +71,26 @@ class SagePolicy:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        if self.sinks < 0:
-            raise ValueError(f"sinks must not be negative, got {self.sinks}; 0 keeps none")
+        if not isinstance(self.sinks, int) or self.sinks < 0:
+            raise ValueError(f"sinks must be a number of tokens, got {self.sinks!r}; 0 keeps none")
+        for name, optional in (("keep", False), ("replay", True)):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number or isinstance(value, Selection) or (optional and value is None)):
+                raise ValueError(f"{name} must be a fraction or a selection, got {value!r}")
+        indices = (
+            self.dense_blocks
+            if isinstance(self.dense_blocks, tuple | list)
+            else (self.dense_blocks,)
+        )
+        if not all(isinstance(i, int) for i in indices):
+            raise ValueError(
+                f"dense_blocks must be a count or indices of blocks, got {self.dense_blocks!r}"
+            )
+        if self.blocks is not None and (isinstance(self.blocks, str) or not self.blocks):
+            raise ValueError(
+                f"blocks must be a list of names or patterns, or a filter, got {self.blocks!r}"
+            )
         if type(self.keeper).keep is Selection.keep:
             raise ValueError(f"{self.keep!r} chooses by gradient: use it as replay, not as keep")
         if self.replayer is not None and type(self.replayer).replay is Selection.replay:

@@ -116,7 +116,7 @@ class _RowDropout:
         width = x[(0,) * len(leading)].numel() if x.numel() else 1
         mask = ops.dropout_mask(int(self.seed), self.drops, self.rows, width, p)
         self.drops += 1
-        return x * mask.view(x.shape).to(x.dtype).div_(1 - p)
+        return x * mask.view(x.shape).to(x.dtype).div_(max(1 - p, 1e-30))
 
 
 class Recorder(_RowDropout):

@@ -226,9 +226,15 @@ class ImportanceSampling(Selection):
         self.uniform = float(uniform)
 
     def keep(self, scores: Tensor, valid: Tensor, priority: Tensor, noise: Tensor) -> Chosen:
-        """See :func:`Selection.keep`; the budget is the batch's, not each sample's."""
+        """See :func:`Selection.keep`; the budget is the batch's, not each sample's.
+
+        Rows of a priority are certain, so far as they leave half of the budget to be drawn: else
+        the other rows would never be in, or with a weight beyond all bounds.
+        """
         budget = (valid.sum() * self.fraction).ceil()
-        certain = torch.where((priority > 0).sum() <= budget, priority > 0, priority >= 2)
+        certain = torch.zeros_like(valid)
+        for rows in (priority >= 2, priority > 0):
+            certain = torch.where(rows.sum() <= budget / 2, rows, certain)
         mean = scores.sum() / valid.sum().clamp(min=1)
         weights = scores / mean.clamp(min=1e-300) + self.uniform
         weights = weights.masked_fill(~valid | certain, 0.0)

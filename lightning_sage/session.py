@@ -58,38 +58,40 @@ class Session:
         self.force_check = False
         self.measure_dense = False
         self.dense_bytes: dict[int, int] = {}
-        self.skip_rows: tuple[Tensor, Visibility] | None = None
+        self.skip_rows: tuple[Tensor, Visibility] | None
         self._reset()
 
     def _reset(self) -> None:
-        self._depth = 0
+        self._inside: list[nn.Module] = []
         self._said: dict[str, Any] = {}
         self._masks: list[tuple[Tensor, int, Tensor, Visibility]] = []
+        self.skip_rows = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle take along: nothing that belongs to a forward under way."""
-        passing = ("_depth", "_said", "_masks", "batch", "records", "skip_rows")
+        passing = ("_inside", "_said", "_masks", "batch", "records", "skip_rows")
         return {name: value for name, value in vars(self).items() if name not in passing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.batch, self.records, self.skip_rows = {}, {}, None
+        self.batch, self.records = {}, {}
         self._reset()
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of every module above a block: learn labels and padding from keywords.
 
         Raises:
-            ValueError: `output_attentions` is requested in a training forward.
+            ValueError: Something is requested that a training forward with SAGE cannot give.
         """
-        if self._depth == 0:
+        # torch calls no hook after a KeyboardInterrupt: a module is never inside itself
+        if not self._inside or module in self._inside:
             self._reset()
-        self._depth += 1
-        if kwargs.get("output_attentions") and torch.is_grad_enabled():
-            raise ValueError(
-                "output_attentions=True asks for every attention weight, which a training forward "
-                "with SAGE never holds: leave it out, or ask under torch.no_grad()"
-            )
+        self._inside.append(module)
+        if torch.is_grad_enabled():
+            _refuse_requests(getattr(module, "config", None), kwargs)
+            # further in, a model hands on a cache of its own making
+            if len(self._inside) == 1:
+                _refuse_cache(kwargs)
         labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
         if isinstance(labels, Tensor):
             self._said |= {"labels": labels, "owner": type(module).__name__}
@@ -99,8 +101,9 @@ class Session:
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of every module above a block, also called when the forward raised."""
-        self._depth -= 1
-        if self._depth <= 0:
+        if module in self._inside:
+            del self._inside[self._inside.index(module) :]
+        if not self._inside:
             self._reset()
 
     def _heard(self, name: str) -> Any:
@@ -111,7 +114,10 @@ class Session:
         """``[B, T]`` bool, False on padding, as far as the batch tells."""
         mask = self._heard("attention_mask")
         if isinstance(mask, Tensor) and mask.shape == hidden.shape[:2]:
-            return mask.to(hidden.device) != 0
+            mask = mask.to(hidden.device)
+            # additive: 0 where a token is, far below where none is
+            additive = mask.is_floating_point() and not bool((mask > 0).any())
+            return mask == 0 if additive else mask != 0
         return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
 
     def visibility(self, mask: Tensor | None, causal: bool, valid: Tensor) -> Visibility:
@@ -122,7 +128,9 @@ class Session:
             if known is mask and version == mask._version and torch.equal(for_valid, valid):
                 return found
         found = visibility(mask, causal, valid)
-        self._masks = [*self._masks[-3:], (mask, mask._version, valid, found)]
+        # outside of any forward seen from above nobody would forget it again
+        if self._inside:
+            self._masks = [*self._masks[-3:], (mask, mask._version, valid, found)]
         return found
 
     def loss_rows(self, valid: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
@@ -157,7 +165,10 @@ class Session:
         if not per_token:
             return (last, last) if causal else (valid, valid & (order == 1))
         labelled = labels.to(valid.device) != -100
-        if causal and "TokenClassification" not in self._said.get("owner", ""):
+        owner = self._said.get("owner", "")
+        # a prefix that is seen both ways leaves a language model's labels shifted
+        causal = causal or any(kind in owner for kind in ("CausalLM", "ConditionalGeneration"))
+        if causal and "TokenClassification" not in owner:
             labelled = torch.cat([labelled[:, 1:], torch.zeros_like(labelled[:, :1])], dim=1)
         return labelled & valid, labelled & valid
 
@@ -185,6 +196,37 @@ class Session:
         priority = self.policy.priority(valid, loss_rows)
         known = torch.zeros(valid.shape, dtype=torch.float64, device=valid.device)
         return keeper.keep(known if scores is None else scores, valid, priority, noise), scores
+
+
+def _refuse_requests(config: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse what needs every token's graph or cache.
+
+    Raises:
+        ValueError: Names the setting and the way out.
+    """
+    for name, what in (
+        ("output_attentions", "every attention weight, which such a forward never holds"),
+        ("output_router_logits", "router logits with a gradient, which a replay does not give"),
+    ):
+        if kwargs.get(name) or getattr(config, name, False) is True:
+            raise ValueError(
+                f"{name}=True asks a training forward for {what}: switch it off with SAGE, or ask "
+                "under torch.no_grad()"
+            )
+
+
+def _refuse_cache(kwargs: dict[str, Any]) -> None:
+    """Refuse a KV cache that the caller wants filled or read.
+
+    Raises:
+        ValueError: Names the keyword and the way out.
+    """
+    if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
+        name = "use_cache=True" if kwargs.get("use_cache") else "past_key_values"
+        raise ValueError(
+            f"{name}: a training forward with SAGE neither fills nor reads a KV cache: leave it "
+            "out, or call the model under torch.no_grad()"
+        )
 
 
 def saliency(

@@ -17,8 +17,8 @@ LIGHTNING_WARNINGS = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
 ]
-HALF = SagePolicy(keep=0.5)
-PLAIN = SagePolicy(keep=0.5, blocks=["model.blocks.*"])
+HALF = SagePolicy(keep=0.5, sinks=0)
+PLAIN = SagePolicy(keep=0.5, sinks=0, blocks=["model.blocks.*"])
 QUIET = dict.fromkeys(
     ("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False
 )

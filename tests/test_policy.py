@@ -148,7 +148,7 @@ def test_replay_by_gradient():
         ({"queries": "first"}, "queries must be one of auto"),
         ({"attention": "none"}, "attention must be one of salient"),
         ({"unselected": "drop"}, "unselected must be one of identity"),
-        ({"sinks": -1}, "sinks must not be negative"),
+        ({"sinks": -1}, "sinks must be a number of tokens, got -1"),
         ({"unselected": "skip", "attention": "full"}, "use attention='salient'"),
         ({"unselected": "skip", "keep": ImportanceSampling(0.5)}, "use another keep"),
     ],
