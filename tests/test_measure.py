@@ -71,7 +71,8 @@ def test_the_script_runs():
     command = [sys.executable, EXAMPLES / "measure.py", *METHODS["sage keep=0.25"], *QUICK]
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert json.loads(done.stdout)["kept_fraction"] == pytest.approx(0.25, abs=0.02)
+    # sixteen loss rows fill the budget; sinks and last token come on top
+    assert json.loads(done.stdout)["kept_fraction"] == pytest.approx(21 / 64)
 
 
 def test_a_suite_prints_ratios_and_appends_records(measure, race, tmp_path, capsys):
