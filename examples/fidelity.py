@@ -73,6 +73,7 @@ def cosines(model: nn.Module, batches: int = 8) -> Iterator[dict[str, Any]]:
         ("last-quarter", SagePolicy(keep=0.25, replay=None)),
         ("last-quarter", SagePolicy(keep=0.25, replay=None, attention="full")),
         ("last-quarter", SagePolicy(keep=everything, replay=0.25)),
+        ("last-quarter", SagePolicy(keep=everything, replay=0.25, attention="full")),
         ("last-quarter", SagePolicy()),
         ("last-token", SagePolicy(keep=0.125, replay=None)),
         ("last-token", SagePolicy()),
@@ -144,7 +145,7 @@ def gains(base: nn.Module) -> Iterator[dict[str, Any]]:
     everything = AllTokens()
     tasks = {
         "every token, full fine-tuning": (
-            Task(StdlibWindows(loading), rank=0, lr=3e-4),
+            Task(StdlibFunctions("all", loading), rank=0, lr=3e-4),
             (
                 None,
                 SagePolicy(keep=everything, replay=ImportanceSampling(0.5)),
@@ -154,7 +155,7 @@ def gains(base: nn.Module) -> Iterator[dict[str, Any]]:
         ),
         "answer only, LoRA": (
             Task(StdlibFunctions(loading=loading), rank=16, lr=2e-3),
-            (None, SagePolicy(), SagePolicy(keep=0.25, replay=None)),
+            (None, SagePolicy()),
         ),
     }
     for name, (task, policies) in tasks.items():
