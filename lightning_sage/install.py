@@ -122,7 +122,7 @@ class Installation:
     def check(self, batch: Mapping[str, Any]) -> None:
         """Check on ``model(**batch)`` that every block can be replayed on some of its rows.
 
-        Gradients, random generators and records are left as they were.
+        Gradients, buffers, random generators and records are left as they were.
 
         Raises:
             ReplayError: Names the first block that cannot, and the reason.
@@ -130,11 +130,14 @@ class Installation:
         session = self._session
         records, session.force_check = dict(session.records), True
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         try:
             with torch.enable_grad(), torch.random.fork_rng(devices):
                 self.model(**batch)
         finally:
             session.records, session.force_check = records, False
+            for buffer, value in buffers:
+                buffer.data.copy_(value)
 
     def remove(self) -> None:
         """Leave the model as it was before; again is no error."""
