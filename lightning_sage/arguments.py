@@ -181,6 +181,15 @@ class Arguments:
         hidden = self.leaves[self.hidden]
         return (*tensors, *switches, hidden.dtype, hidden.shape[1].bit_length())
 
+    def mask(self) -> Tensor | None:
+        """The argument that masks pairs of tokens, ``[B | 1, H | 1, T | 1, T]``."""
+        pairs = (i for i, axis in self.axes.items() if axis is Axis.PAIRS)
+        masks: list[Tensor] = [self.leaves[i] for i in pairs]
+        if not masks:
+            return None
+        shape = tuple(masks[0].shape)
+        return masks[0].reshape((1,) * (4 - len(shape)) + shape)
+
     def differentiable(self) -> list[int]:
         """Indices of the tensors, besides the hidden states, that want a gradient."""
         return [i for i in self.axes if i != self.hidden and self.leaves[i].requires_grad]

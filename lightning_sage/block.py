@@ -14,7 +14,6 @@ from lightning_sage import ops, selfcheck
 from lightning_sage.arguments import Arguments, ReplayError
 from lightning_sage.cache import SparseCache, keep_attention, keep_hidden, restored, sub_cache
 from lightning_sage.job import ATTRIBUTE, Job, Surroundings, Wrapped, trainable
-from lightning_sage.masks import Visibility
 from lightning_sage.replay import PackedForward, Recorder, Replayer, Rows
 from lightning_sage.session import REPLAY_STREAM, BlockRecord
 
@@ -83,7 +82,7 @@ def _keep_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
     if kept.probability is not None:
         cache.probability = kept.probability.flatten()[rows.index]
     if wrapped.chooses:
-        session.skip_rows = kept.rows, visible[0] if visible else Visibility(causal=False)
+        session.skip_rows = kept.rows
     _record(job, valid, kept.rows, cache)
     return out, cache
 
@@ -91,16 +90,19 @@ def _keep_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
 def _skip_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
     """Forward of the rows that an earlier block chose; the others pass unchanged."""
     session = job.session
-    if session.skip_rows is None or session.skip_rows[0].shape != hidden.shape[:2]:
+    chosen, valid = session.skip_rows, session.valid(hidden)
+    if chosen is None or chosen.shape != hidden.shape[:2]:
         raise ReplayError("unselected='skip' found no choice made by an earlier block of this pass")
-    chosen, visible = session.skip_rows
     rows = Rows.of(chosen)
     own = keep_hidden(hidden, rows)
-    forward = PackedForward(job.seed, rows, visible)
+    # blocks differ in their masks (sliding windows between full attention)
+    mask = job.arguments.mask()
+    sight = None if mask is None else session.visibility(mask, False, valid)
+    forward = PackedForward(job.seed, rows, sight)
     out = job.run(forward, *job.packed_call(rows, own, job.leaves()))
     attention = [keep_attention(seen, _all(rows), full=False) for seen in forward.seen]
-    cache = SparseCache(rows.index, own, attention, [visible for _ in attention])
-    _record(job, session.valid(hidden), chosen, cache)
+    cache = SparseCache(rows.index, own, attention, forward.visible)
+    _record(job, valid, chosen, cache)
     return ops.scatter_rows(out.squeeze(0), rows.index, hidden), cache
 
 

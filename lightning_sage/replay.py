@@ -143,18 +143,27 @@ class Recorder(_RowDropout):
 class PackedForward(_RowDropout):
     """Forward over chosen rows only, which attend to one another."""
 
-    def __init__(self, seed: Seed, rows: Rows, visible: Visibility) -> None:
+    def __init__(self, seed: Seed, rows: Rows, sight: Visibility | None) -> None:
         super().__init__(seed, rows.index, (1, len(rows.index)))
-        self.chosen, self.visible = rows, visible
+        self.chosen, self.sight = rows, sight
+        self.visible: list[Visibility] = []
         self.seen: list[Seen] = []
 
     def attention(self, call: AttentionCall) -> Tensor:
-        """Attention within the chosen rows of each sample."""
+        """Attention within the chosen rows of each sample.
+
+        Raises:
+            ReplayError: The block makes a mask of its own, for other positions than these.
+        """
+        if self.sight is None and call.mask is not None:
+            raise ReplayError("it makes its own attention mask: use unselected='identity'")
+        sight = self.sight or Visibility(call.causal)
+        self.visible.append(sight)
         out = call.q.new_empty(*call.q.shape[:3], call.v.shape[-1])
         lse = torch.empty(call.q.shape[:3], device=out.device, dtype=_lse_dtype(out.dtype))
         for part, samples, tokens in self.chosen.groups():
             q, k, v = (batched(x, part, len(samples)) for x in (call.q, call.k, call.v))
-            mask, causal = self.visible.own_keys(samples, tokens)
+            mask, causal = sight.own_keys(samples, tokens)
             if call.softcap is None:
                 o, m = ops.attention_forward(q, k, v, mask, causal, call.scale)
             else:

@@ -58,7 +58,7 @@ class Session:
         self.force_check = False
         self.measure_dense = False
         self.dense_bytes: dict[int, int] = {}
-        self.skip_rows: tuple[Tensor, Visibility] | None
+        self.skip_rows: Tensor | None
         self._reset()
 
     def _reset(self) -> None:

@@ -253,6 +253,19 @@ def test_skipping_blocks_is_a_model_in_which_unselected_tokens_skip():
     assert_gradients_close(sage, expected, 1e-8)
 
 
+@pytest.mark.parametrize("padding", ["right", "left", None])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3", "gpt2", "modernbert"])
+def test_skipping_nothing_but_padding_is_dense(name, padding):
+    model, batch = zoo.build(name), zoo.make_batch(name, padding)
+    policy = SagePolicy(keep=AllTokens(), replay=None, unselected="skip")
+    with zoo.exactly(name):
+        loss, dense = loss_and_gradients(model, batch)
+        with install(model, policy):
+            sage_loss, sage = loss_and_gradients(model, batch)
+    torch.testing.assert_close(sage_loss, loss)
+    assert_gradients_close(sage, dense, 1e-10)
+
+
 def _frozen_rows(block, kept):
     from contextlib import ExitStack
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from accuracy import assert_as_accurate
 from lightning_sage import ops
@@ -226,3 +227,29 @@ def test_uniform_is_uniform_and_depends_on_its_row_alone():
     counts = torch.histc(u, 20, 0, 1)
     assert ((counts - 1000).abs() < 5 * (1000 * 0.95) ** 0.5).all()
     assert not torch.equal(u, ops.uniform(5, -2, torch.arange(20000)))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that anything inside makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.itemsize)
+        return out
+
+
+def test_no_op_holds_all_pairs_of_tokens(monkeypatch):
+    """Neither for one head nor for all: working memory does not grow with the square of T."""
+    monkeypatch.setattr(reference, "CHUNK", 20_000)
+    grad, q, k, v = problem(1, 500, dtype=torch.float32)
+    rule = Rule(0.4, positions=torch.arange(500)[None])
+    with Largest() as largest:
+        out, lse = reference.attention(q, k, v, rule)
+        reference.attention_lse(q, k, rule)
+        reference.attention_received(q, k, lse, torch.ones(1, 500), rule)
+        reference.attention_backward(grad, q, k, v, out, lse, rule)
+    assert 0 < largest.elements <= 20_000 < 500 * 500
