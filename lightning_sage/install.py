@@ -19,6 +19,7 @@ from torch import nn
 from lightning_sage.block import sparse_forward
 from lightning_sage.job import ATTRIBUTE, Wrapped
 from lightning_sage.policy import SagePolicy
+from lightning_sage.selfcheck import buffers_kept
 from lightning_sage.session import BlockRecord, Session
 
 
@@ -130,14 +131,11 @@ class Installation:
         session = self._session
         records, session.force_check = dict(session.records), True
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         try:
-            with torch.enable_grad(), torch.random.fork_rng(devices):
+            with torch.enable_grad(), torch.random.fork_rng(devices), buffers_kept(self.model):
                 self.model(**batch)
         finally:
             session.records, session.force_check = records, False
-            for buffer, value in buffers:
-                buffer.data.copy_(value)
 
     def remove(self) -> None:
         """Leave the model as it was before; again is no error."""

@@ -42,7 +42,7 @@ def first_call(job: Job) -> None:
     if kind in wrapped.checked and not session.force_check:
         return
     hidden = job.hidden
-    with torch.no_grad(), random_state_kept(hidden.device), _buffers_kept(job.block):
+    with torch.no_grad(), random_state_kept(hidden.device), buffers_kept(job.block):
         if session.measure_dense and wrapped.index not in session.dense_bytes:
             session.dense_bytes[wrapped.index] = dense_bytes(job)
         if _compare(job, hidden):
@@ -137,14 +137,17 @@ def _graph_leaves(out: Tensor) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _buffers_kept(block: nn.Module) -> Iterator[None]:
-    """Whatever a block does to its buffers inside is undone."""
-    before = [(buffer, buffer.clone()) for buffer in block.buffers()]
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Whatever a module does to its buffers inside, by value or by name, is undone."""
+    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    names = [(part, dict(part._buffers)) for part in module.modules()]
     try:
         yield
     finally:
-        for buffer, value in before:
-            buffer.copy_(value)
+        for buffer, value in values:
+            buffer.data.copy_(value)
+        for part, buffers in names:
+            part._buffers.update(buffers)
 
 
 def _watching(found: list[str], called: set[str], device: torch.device) -> type[Tap]:

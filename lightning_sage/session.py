@@ -208,7 +208,8 @@ def _refuse_requests(config: Any, kwargs: dict[str, Any]) -> None:
         ("output_attentions", "every attention weight, which such a forward never holds"),
         ("output_router_logits", "router logits with a gradient, which a replay does not give"),
     ):
-        if kwargs.get(name) or getattr(config, name, False) is True:
+        said = kwargs.get(name)
+        if said or (said is None and getattr(config, name, False) is True):
             raise ValueError(
                 f"{name}=True asks a training forward for {what}: switch it off with SAGE, or ask "
                 "under torch.no_grad()"

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "block": {
         "torch", "arguments", "cache", "job", "masks", "ops", "replay", "selfcheck", "session",
     },
-    "install": {"torch", "block", "job", "policy", "session"},
+    "install": {"torch", "block", "job", "policy", "selfcheck", "session"},
     "metrics": {"torch", "torchmetrics", "memory"},
     "callback": {"lightning", "rich", "arguments", "install", "metrics", "policy", "memory"},
     "models": {"torch", "lightning", "torchmetrics", "transformers", "peft"},
