@@ -49,8 +49,9 @@ class Rule(NamedTuple):
         """Scaled and capped products ``[B, H, Q, T]``, before any mask."""
         B, H, Q, D = q.shape
         G, T = k.shape[1:3]
-        products = (q.reshape(B, G, H // G * Q, D) @ k.transpose(-1, -2)).view(B, H, Q, T)
-        products.mul_(self.scale)
+        # scaling the queries touches far fewer numbers than scaling the products
+        grouped = (q * self.scale).reshape(B, G, H // G * Q, D)
+        products = (grouped @ k.transpose(-1, -2)).view(B, H, Q, T)
         return products if self.softcap is None else self.softcap * (products / self.softcap).tanh()
 
     def masked(self, logits: Tensor) -> Tensor:
@@ -136,11 +137,12 @@ def attention_received(q: Tensor, k: Tensor, lse: Tensor, weights: Tensor, rule:
     """
     q, k = _accurate(q), _accurate(k)
     total = q.new_zeros(*q.shape[:2], k.shape[2])
+    # a query that sees nothing has lse -inf, and no probability
+    lse = lse.masked_fill(lse == float("-inf"), float("inf"))
     for rows in chunks(q, k.shape[2]):
         part = rule.part(rows)
         logits = part.masked(part.products(q[:, :, rows], k))
-        # a query that sees nothing has lse -inf; its probabilities are NaN, not 0
-        probs = logits.sub_(lse[:, :, rows, None]).exp_().nan_to_num_(0.0, posinf=0.0)
+        probs = logits.sub_(lse[:, :, rows, None]).exp_()
         total += (weights[:, None, None, rows].to(probs) @ probs).squeeze(2)
     return total
 
