@@ -12,10 +12,12 @@ from torch.autograd.function import once_differentiable
 
 from lightning_sage import ops, selfcheck
 from lightning_sage.arguments import Arguments, ReplayError
-from lightning_sage.cache import SparseCache, keep_attention, keep_hidden, restored, sub_cache
+from lightning_sage.cache import SparseCache
 from lightning_sage.job import ATTRIBUTE, Job, Surroundings, Wrapped, trainable
-from lightning_sage.replay import PackedForward, Recorder, Replayer, Rows
-from lightning_sage.session import REPLAY_STREAM, BlockRecord
+from lightning_sage.ops import Rows, positions
+from lightning_sage.packing import store
+from lightning_sage.replay import Kept, PackedForward, Replayer, keep_attention
+from lightning_sage.session import REPLAY_STREAM, BlockRecord, Facts
 
 
 def sparse_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -62,58 +64,54 @@ def sparse_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _keep_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
     """Dense forward; keeps rows by the policy."""
-    session, wrapped = job.session, job.wrapped
-    recorder = Recorder(job.seed, hidden)
+    session, wrapped, policy = job.session, job.wrapped, job.session.policy
+    facts = session.facts(hidden)
+    recorder = session.recorder(job.seed, facts)
     out = job.run(recorder, *job.arguments.call())
-    valid = session.valid(hidden)
-    visible = [session.visibility(s.call.mask, s.call.causal, valid) for s in recorder.seen]
-    kept, scores = session.choose(wrapped.name, valid, recorder.seen, visible, job.seed)
-    rows = Rows.of(kept.rows)
-    full = session.policy.attention == "full"
+    kept, scores = session.choose(wrapped.name, facts, recorder.seen, job.seed)
+    rows = session.kept_rows(kept, facts, any(one.visible.causal for one in recorder.seen))
     cache = SparseCache(
         rows.index,
-        keep_hidden(hidden, rows),
-        [keep_attention(seen, rows, full) for seen in recorder.seen],
-        visible,
+        store(hidden, rows, policy.cache_dtype),
+        [
+            keep_attention(seen, rows, policy.attention == "full", policy.cache_dtype)
+            for seen in recorder.seen
+        ],
     )
-    replayer = session.policy.replayer
+    replayer = policy.replayer
     if scores is not None and replayer is not None and replayer.saliency_in_replay:
         cache.saliency = scores.flatten()[rows.index]
     if kept.probability is not None:
         cache.probability = kept.probability.flatten()[rows.index]
     if wrapped.chooses:
         session.skip_rows = kept.rows
-    _record(job, valid, kept.rows, cache)
+    _record(job, facts, kept.rows, cache)
     return out, cache
 
 
 def _skip_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
     """Forward of the rows that an earlier block chose; the others pass unchanged."""
-    session = job.session
-    chosen, valid = session.skip_rows, session.valid(hidden)
+    session, packing = job.session, job.session.policy.cache_dtype
+    chosen, facts = session.skip_rows, session.facts(hidden)
     if chosen is None or chosen.shape != hidden.shape[:2]:
         raise ReplayError("unselected='skip' found no choice made by an earlier block of this pass")
     rows = Rows.of(chosen)
-    own = keep_hidden(hidden, rows)
+    own = ops.gather_rows(hidden, rows.index)
     # blocks differ in their masks (sliding windows between full attention)
     mask = job.arguments.mask()
-    sight = None if mask is None else session.visibility(mask, False, valid)
+    sight = None if mask is None else session.visibility(mask, False, facts.valid)
     forward = PackedForward(job.seed, rows, sight)
     out = job.run(forward, *job.packed_call(rows, own, job.leaves()))
-    attention = [keep_attention(seen, _all(rows), full=False) for seen in forward.seen]
-    cache = SparseCache(rows.index, own, attention, forward.visible)
-    _record(job, valid, chosen, cache)
+    every = Rows.every(1, len(rows), hidden.device)
+    attention = [Kept(store(o[None], every, packing), m, v) for o, m, v in forward.kept]
+    cache = SparseCache(rows.index, store(own[None], every, packing), attention)
+    _record(job, facts, chosen, cache)
     return ops.scatter_rows(out.squeeze(0), rows.index, hidden), cache
 
 
-def _all(rows: Rows) -> Rows:
-    """Packed rows as rows of themselves."""
-    n = len(rows.index)
-    return Rows(torch.arange(n, device=rows.index.device), [n], n)
-
-
-def _record(job: Job, valid: Tensor, kept: Tensor, cache: SparseCache) -> None:
-    job.record = BlockRecord(job.wrapped.name, valid, kept, cache.nbytes)
+def _record(job: Job, facts: Facts, kept: Tensor, cache: SparseCache) -> None:
+    job.valid_count = facts.count
+    job.record = BlockRecord(job.wrapped.name, facts.valid, kept, cache.nbytes)
     job.session.records[job.wrapped.index] = job.record
 
 
@@ -129,8 +127,7 @@ class _Sparse(torch.autograd.Function):
         out, cache = (_skip_rows if job.wrapped.skips else _keep_rows)(job, hidden)
         if out is hidden:
             raise ReplayError("it returns its input")
-        tensors = cache.tensors()
-        job.causal = cache.order()
+        tensors, job.kept = cache.taken_apart()
         ctx.save_for_backward(*tensors, *job.release())
         ctx.job, ctx.held = job, len(tensors)
         return out
@@ -140,41 +137,35 @@ class _Sparse(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         job: Job = ctx.job
         saved = ctx.saved_tensors
-        cache = restored(saved[: ctx.held], job.causal)
+        cache = SparseCache.put_together(saved[: ctx.held], job.kept)
         leaves = job.restored(saved[ctx.held :])
         wants = ctx.needs_input_grad[1:]
         grads = _replay(job, cache, leaves, grad, wants)
         return None, *grads
 
 
-def _chosen_rows(job: Job, cache: SparseCache, grad: Tensor) -> tuple[SparseCache, Tensor | None]:
-    """The rows to replay, and the weight of each row's branch gradient."""
-    replayer = job.session.policy.replayer
-    probability = cache.probability
-    if replayer is not None and len(cache.index):
-        norms = ops.gather_rows(grad, cache.index).double().norm(dim=-1)
-        noise = ops.uniform(int(job.seed), REPLAY_STREAM, cache.index) if replayer.random else norms
-        valid = int(job.record.valid.sum())
-        # rows whose gradient is not finite are in, so that a NaN surfaces as in a dense step
-        finite = norms.isfinite()
-        chosen, p = replayer.replay(norms.where(finite, 0.0), cache.saliency, valid, noise)
-        chosen = chosen | ~finite
+def _chosen_rows(
+    job: Job, cache: SparseCache, grad: Tensor
+) -> tuple[Rows, Tensor | None, Tensor | None]:
+    """Rows to replay, which of the kept rows they are (None: all), and their weights ``[R]``."""
+    replayer, probability = job.session.policy.replayer, cache.probability
+    index, picked = cache.index, None
+    count = len(index) if replayer is None else replayer.replay_count(len(index), job.valid_count)
+    if replayer is not None and count != len(index):
+        norms = ops.row_norms(grad, index).double()
+        noise = ops.uniform(int(job.seed), REPLAY_STREAM, index) if replayer.random else norms
+        # rows whose gradient is not finite come first, so that a NaN surfaces as in a dense step
+        norms = norms.where(norms.isfinite(), float("inf"))
+        chosen, p = replayer.replay(norms, cache.saliency, job.valid_count, noise)
         if p is not None:
             probability = p if probability is None else p * probability
-        if not bool(chosen.all()):
-            index = chosen.nonzero().squeeze(1)
-            cache = sub_cache(cache, index)
-            probability = None if probability is None else probability[index]
-    if probability is not None and bool((probability >= 1).all()):
-        probability = None
+        picked = positions(chosen, count)
+        index = index.index_select(0, picked)
+        probability = None if probability is None else probability.index_select(0, picked)
+    weights = None if probability is None else 1 / probability
     record = job.record
-    replayed = torch.zeros_like(record.kept)
-    replayed.view(-1)[cache.index] = True
-    weights = replayed.double()
-    if probability is not None:
-        weights.view(-1)[cache.index] = 1 / probability
-    record.replayed, record.weights, record.seed = replayed, weights, job.seed.value
-    return cache, None if probability is None else (1 / probability).unsqueeze(1)
+    record.rows, record.factors, record.seed = index, weights, job.seed.value
+    return Rows(index, job.B, job.T), picked, weights
 
 
 def _replay(
@@ -186,19 +177,19 @@ def _replay(
 ) -> list[Tensor | None]:
     """Gradients of hidden states, other differentiable arguments and parameters."""
     targets = job.trained()
-    cache, weights = _chosen_rows(job, cache, grad)
-    grad_rows = ops.gather_rows(grad, cache.index)
-    weighted = grad_rows if weights is None else grad_rows * weights.to(grad.dtype)
+    rows, picked, weights = _chosen_rows(job, cache, grad)
+    if weights is not None:
+        weights = weights.to(torch.float64 if grad.dtype == torch.float64 else torch.float32)
     with torch.enable_grad():
-        hidden = cache.hidden.detach().requires_grad_(wants[0])
+        hidden = cache.hidden.some(picked, (job.C,), job.dtype).requires_grad_(wants[0])
         for i in job.extra:
             leaves[i] = leaves[i].detach().requires_grad_()
         inputs = [hidden] if wants[0] else []
         inputs += [leaves[i] for i in job.extra] + targets
         found: list[Tensor | None] = [None] * len(inputs)
-        if len(cache.index):
-            rows = _rows_of(cache.index, job.B, job.T)
-            handler = Replayer(job.seed, rows, cache.attention, cache.visible)
+        if len(rows):
+            weighted = ops.gather_rows(grad, rows.index, weights)
+            handler = Replayer(job.seed, rows, cache.attention, picked)
             with job.modes_restored():
                 out = job.run(handler, *job.packed_call(rows, hidden, leaves))
             job.forget_output()
@@ -216,13 +207,8 @@ def _replay(
         return [None, *rest]
     if through is None:
         return [grad, *rest]
-    if weights is not None:
-        through = through + (grad_rows - weighted)
-    return [ops.scatter_rows(through.to(grad.dtype), cache.index, grad), *rest]
-
-
-def _rows_of(index: Tensor, B: int, T: int) -> Rows:
-    return Rows(index, torch.bincount(index // T, minlength=B).tolist(), T)
+    # what comes in through the residual path is not weighted
+    return [ops.scatter_rows(through, rows.index, grad, weights), *rest]
 
 
 @contextmanager

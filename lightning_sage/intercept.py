@@ -34,7 +34,9 @@ class AttentionCall:
         causal: Whether the call asked for a causal mask.
         scale: Factor of the products.
         softcap: Cap of the logits, or None.
-        run: The model's own computation, ``[B, H, T, Dv]``; None where it is PyTorch's SDPA.
+        dropout: Probability of dropping an attention weight.
+        run: The model's own computation, without dropout, ``[B, H, T, Dv]``; None where it is
+            PyTorch's SDPA.
         repeated: Keys and values as SDPA was given them, ``[B, H, T, D]`` where grouped.
     """
 
@@ -45,6 +47,7 @@ class AttentionCall:
     causal: bool
     scale: float
     softcap: float | None = None
+    dropout: float = 0.0
     run: Callable[[], Tensor] | None = None
     repeated: tuple[Tensor, Tensor] | None = None
 
@@ -110,12 +113,12 @@ class Tap(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        refuse_attention_dropout(dropout_p)
         shown, self._shown = self._shown, None
         q, k, v = shown or (query, key, value)
         if q.shape != query.shape and attn_mask is not None and attn_mask.shape[1] > 1:
             attn_mask = attn_mask.reshape(len(q), q.shape[1], 1, -1)
         call = AttentionCall(q, k, v, attn_mask, is_causal, scale or q.shape[-1] ** -0.5)
+        call.dropout = dropout_p
         if shown is not None:
             call.repeated = key, value
         out = self.handler.attention(_checked(_as_autocast(call)))
@@ -155,8 +158,9 @@ class Tap(TorchFunctionMode):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if module.training:
-            refuse_attention_dropout(kwargs.get("dropout") or 0.0)
+        dropout = (kwargs.get("dropout") or 0.0) if module.training else 0.0
+        if dropout:
+            kwargs["dropout"] = 0.0
         weights: Any = None
 
         def run() -> Tensor:
@@ -173,24 +177,11 @@ class Tap(TorchFunctionMode):
             False,
             kwargs.get("scaling") or query.shape[-1] ** -0.5,
             kwargs.get("softcap"),
+            dropout,
             run,
         )
         out = self.handler.attention(_checked(call))
         return out.transpose(1, 2), weights
-
-
-def refuse_attention_dropout(p: float) -> None:
-    """Dropout of attention weights is keyed on pairs of tokens, which stock kernels cannot replay.
-
-    Raises:
-        ReplayError: `p` is not 0.
-    """
-    if p:
-        raise ReplayError(
-            f"attention dropout {p} cannot be replayed on some rows: set it to 0 in the model's "
-            "config (attention_dropout, attn_pdrop or attention_probs_dropout_prob); dropout "
-            "elsewhere may stay"
-        )
 
 
 def _checked(call: AttentionCall) -> AttentionCall:

@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from lightning_sage.arguments import Arguments, Axis, ReplayError
 from lightning_sage.intercept import Handler, Tap
-from lightning_sage.replay import Rows, Seed
+from lightning_sage.ops import Rows
+from lightning_sage.replay import Seed
 from lightning_sage.session import BlockRecord, Session
 
 ATTRIBUTE = "_sage"
@@ -114,11 +115,13 @@ class Job:
         self.seed = Seed()
         hidden = arguments.leaves[arguments.hidden]
         self.B, self.T, self.C = hidden.shape
+        self.dtype = hidden.dtype
         self.extra, self.shared = arguments.differentiable(), arguments.shared()
         self.modes = [module.training for module in block.modules()]
         self.parameters = [getattr(m, n) for m, n in slots]
         self.versions = [parameter._version for parameter in block.parameters()]
-        self.causal: list[bool] = []
+        self.kept: list[Any] = []
+        self.valid_count = 0
         self.record = BlockRecord(wrapped.name, hidden.new_empty(0), hidden.new_empty(0))
         self._pairs: dict[int, Tensor] = {}
         self._outputs: tuple[list[Any], pytree.TreeSpec, int] | None = None

@@ -1,61 +1,22 @@
-"""What a mask means for packed rows: nothing, causal order, or entries that have to be gathered."""
+"""What a mask means: an unbroken run of keys for each query, or entries that must be gathered."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
+
+from lightning_sage.ops import Visibility
 
 # rows of a mask looked at together: the comparison never holds another [T, T]
 ROWS = 256
 
 
-@dataclass(frozen=True)
-class Visibility:
-    """Which keys a valid query sees.
-
-    Attributes:
-        causal: No query sees a later key.
-        mask: ``[B | 1, H | 1, T, T]`` where its entries have to be gathered; None where `causal`
-            and `keys` say it all.
-        keys: ``[B, T]`` bool, False on keys that nobody sees; None where there are none.
-    """
-
-    causal: bool
-    mask: Tensor | None = None
-    keys: Tensor | None = None
-
-    def all_keys(self, samples: Tensor, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Mask and positions, as :class:`Rule` takes them, of queries against all keys.
-
-        Args:
-            samples: ``[B']`` int64.
-            tokens: ``[B', Q]`` int64, the queries of each.
-        """
-        if self.mask is not None:
-            return self._rows(samples, tokens), None
-        mask = None if self.keys is None else self.keys[samples][:, None, None]
-        return mask, tokens if self.causal else None
-
-    def own_keys(self, samples: Tensor, tokens: Tensor) -> tuple[Tensor | None, bool]:
-        """Mask of packed valid queries against the packed keys, and whether causal order holds."""
-        if self.mask is None:
-            return None, self.causal
-        rows = self._rows(samples, tokens)
-        columns = tokens[:, None, None, :].expand(*rows.shape[:3], -1)
-        return rows.gather(-1, columns), False
-
-    def _rows(self, samples: Tensor, tokens: Tensor) -> Tensor:
-        """``[B', H | 1, Q, T]``."""
-        assert self.mask is not None
-        mask = self.mask.expand(-1, -1, self.mask.shape[-1], -1)
-        samples = samples if mask.shape[0] > 1 else torch.zeros_like(samples)
-        return mask[samples[:, None], :, tokens].movedim(2, 1)
-
-
 def visibility(mask: Tensor | None, causal: bool, valid: Tensor) -> Visibility:
-    """Look at a mask once.
+    """Look at a mask once; waits for the device.
+
+    Causal order, padding, sliding windows, documents packed into one sequence and prefixes seen
+    both ways all let a query see an unbroken run of tokens, whose ends never fall from one query to
+    the next. Anything else stays a mask: biases, holes, masks by head.
 
     Args:
         mask: bool (True attends) or additive, ``[B | 1, H | 1, T | 1, T]``, or None.
@@ -65,25 +26,56 @@ def visibility(mask: Tensor | None, causal: bool, valid: Tensor) -> Visibility:
     if mask is None:
         return Visibility(causal)
     if mask.shape[1] > 1:
-        return Visibility(causal, mask)
-    T = valid.shape[1]
-    keys = torch.arange(T, device=mask.device)
-    # ordered: nothing above the diagonal; plain/full: besides that, every valid key is seen
-    found = torch.tensor([True, True, True], device=mask.device)
-    for start in range(0, T, ROWS):
-        rows = mask[:, 0, start : start + ROWS] if mask.shape[2] > 1 else mask[:, 0]
-        allowed = rows if rows.dtype == torch.bool else rows > -1e4
-        if rows.dtype != torch.bool:
-            found[1:] &= (~allowed | (rows == 0)).all()
-        later = keys > keys[start : start + ROWS, None]
-        queries = valid[:, start : start + ROWS, None]
-        seen = allowed & valid[:, None] & queries
-        should = valid[:, None] & queries
-        outcome = [~(seen & later).any(), (seen == (should & ~later)).all(), (seen == should).all()]
-        found &= torch.stack(outcome)
-        # a padded key that a valid query does see has to be gathered
-        found[1:] &= ~(allowed & ~valid[:, None] & queries).any()
-    ordered, plain, full, padded = (*found.tolist(), not bool(valid.all()))
-    if plain or full:
-        return Visibility(plain, keys=valid if padded else None)
-    return Visibility(ordered, mask)
+        return Visibility(causal, mask=mask)
+    order = valid.long().cumsum(1)
+    parts = [_look(mask, valid, order, start) for start in range(0, valid.shape[1], ROWS)]
+    runs, facts = zip(*parts, strict=True)
+    # what queries that are padding see does not matter: they follow the one before them
+    run = torch.cat(runs, dim=-1).masked_fill(~valid, 0)
+    level = run.cummax(-1).values
+    rising = ((run == level) | ~valid).all()
+    said = torch.stack([*torch.stack(facts).all(0), rising, valid.all()]).tolist()
+    ordered, up_to_itself, everything, unbroken, rises, unpadded = said
+    keys = None if unpadded else valid
+    if up_to_itself or everything:
+        return Visibility(up_to_itself, keys=keys)
+    if unbroken and rises:
+        return Visibility(ordered, level[0], level[1], keys)
+    return Visibility(ordered, mask=mask)
+
+
+def _look(mask: Tensor, valid: Tensor, order: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """First key seen by some queries and one past the last, ``[2, B, R]``, and facts ``[4]``.
+
+    The facts: no valid query sees a later key; each sees every valid key up to itself; each sees
+    every valid key; each sees an unbroken run of valid keys.
+
+    Args:
+        mask: ``[B | 1, 1, T | 1, T]``.
+        valid: ``[B, T]`` bool.
+        order: ``[B, T]``, valid tokens up to each.
+        start: Of the queries.
+    """
+    rows = mask[:, 0, start : start + ROWS] if mask.shape[2] > 1 else mask[:, 0]
+    allowed = rows if rows.dtype == torch.bool else rows > -1e4
+    keys = torch.arange(valid.shape[1], device=mask.device)
+    queries = valid[:, start : start + ROWS]
+    seen = allowed & valid[:, None] & queries[..., None]
+    first = torch.where(seen, keys, len(keys)).amin(-1)
+    stop = torch.where(seen, keys + 1, 0).amax(-1)
+    count, own = seen.sum(-1), order[:, start : start + ROWS]
+    spanned = order.gather(1, (stop - 1).clamp(min=0)) - order.gather(1, first % len(keys)) + 1
+    ordered = ~(seen & (keys > keys[start : start + ROWS, None])).any()
+    # a bias is no mask, and a padded key that a valid query does see has to be gathered
+    exact = ~(allowed & ~valid[:, None] & queries[..., None]).any()
+    if rows.dtype != torch.bool:
+        exact &= (~allowed | (rows == 0)).all()
+    idle = ~queries
+    runs = (count > 0) & (count == spanned)
+    facts = (
+        ordered,
+        exact & ordered & ((count == own) | idle).all(),
+        exact & ((count == order[:, -1:]) | idle).all(),
+        exact & (runs | idle).all(),
+    )
+    return torch.stack([first, stop]), torch.stack(facts)

@@ -17,8 +17,11 @@ class Usage(Protocol):
 
     valid: Tensor
     kept: Tensor
-    replayed: Tensor | None
     cached_bytes: int
+
+    @property
+    def replayed(self) -> Tensor | None:
+        """``[B, T]`` bool, or None before a backward pass."""
 
 
 class SageUsage(Metric):

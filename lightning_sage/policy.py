@@ -44,6 +44,9 @@ class SagePolicy:
         unselected: `identity` computes every token in the forward pass; `skip` (the authors'
             released variant) lets unselected tokens skip the blocks after the first tenth, which
             changes the training forward.
+        cache_dtype: How kept rows (and keys and values, with `attention="full"`) wait for the
+            backward pass: `int8` or `fp8` (e4m3) with a scale for every head or 128 numbers,
+            `bf16`, or None for every bit. The forward stays exact; the replay starts from the rounded rows.
         blocks: Names or glob patterns (`*` is one part of a name) of the blocks, or a filter
             ``(module, name) -> bool``; None finds transformers' layers.
     """
@@ -58,6 +61,7 @@ class SagePolicy:
     keep_loss_rows: bool = True
     dense_blocks: int | tuple[int, ...] = ()
     unselected: Literal["identity", "skip"] = "identity"
+    cache_dtype: Literal["bf16", "int8", "fp8"] | None = None
     blocks: list[str] | BlockFilter | None = None
 
     def __post_init__(self) -> None:
@@ -67,10 +71,13 @@ class SagePolicy:
             ("queries", ("auto", "last", "labels", "all")),
             ("attention", ("salient", "full")),
             ("unselected", ("identity", "skip")),
+            ("cache_dtype", (None, "bf16", "int8", "fp8")),
         ):
             value = getattr(self, name)
             if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}"
+                )
         if not isinstance(self.sinks, int) or self.sinks < 0:
             raise ValueError(f"sinks must be a number of tokens, got {self.sinks!r}; 0 keeps none")
         for name, optional in (("keep", False), ("replay", True)):

@@ -5,7 +5,7 @@ Packed rows are a batch of one: ``[1, N, C]``, samples one after the other, toke
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,72 +15,65 @@ from torch import Tensor
 from lightning_sage import ops
 from lightning_sage.arguments import ReplayError
 from lightning_sage.intercept import AttentionCall
-from lightning_sage.masks import Visibility
+from lightning_sage.ops import How, Rows, Sight, Visibility
+from lightning_sage.packing import Stored, store
+
+# what a mask and a flag for causal order mean for the batch under way
+See = Callable[[Tensor | None, bool], Visibility]
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """``[B, H, T, D]`` as packed rows of all tokens, ``[B * T, H, D]``."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def rows_at(x: Tensor, rows: Rows) -> Tensor:
+    """Packed rows ``[N, H, D]`` of ``[B, H, T, D]``; all of them without a copy where possible."""
+    return as_rows(x) if rows.whole else ops.gather_rows(x.transpose(1, 2), rows.index)
+
+
+def from_rows(x: Tensor) -> Tensor:
+    """Packed ``[N, H, D]`` as a batch of one, ``[1, H, N, D]``."""
+    return x.transpose(0, 1).unsqueeze(0)
 
 
 @dataclass
-class Rows:
-    """Chosen rows of a batch.
-
-    Attributes:
-        index: ``[N]`` int64, sorted; row ``b * T + t`` is token t of sample b.
-        counts: Rows of each sample.
-        T: Tokens of a sample, chosen or not.
-    """
-
-    index: Tensor
-    counts: list[int]
-    T: int
-
-    @classmethod
-    def of(cls, chosen: Tensor) -> Rows:
-        """The rows where `chosen`, ``[B, T]`` bool, is True."""
-        return cls(chosen.flatten().nonzero().squeeze(1), chosen.sum(1).tolist(), chosen.shape[1])
-
-    def groups(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Packed slices that attention works on at once.
-
-        Yields:
-            A slice of the packed rows, the samples ``[B']`` and the tokens ``[B', K]`` in it; one
-            group where every sample has the same count.
-        """
-        tokens = self.index % self.T
-        if len(set(self.counts)) == 1:
-            samples = torch.arange(len(self.counts), device=tokens.device)
-            if self.counts[0]:
-                yield slice(None), samples, tokens.view(len(self.counts), -1)
-            return
-        start = 0
-        for b, count in enumerate(self.counts):
-            part = slice(start, start + count)
-            if count:
-                yield part, torch.tensor([b], device=tokens.device), tokens[part][None]
-            start += count
-
-
-def batched(x: Tensor, part: slice, samples: int) -> Tensor:
-    """Packed ``[1, H, N, D]`` to ``[B', H, K, D]``, for one group."""
-    rows: Tensor = x[0, :, part].unflatten(1, (samples, -1))
-    return rows.transpose(0, 1)
-
-
-def packed(x: Tensor) -> Tensor:
-    """``[B', H, K, D]`` to packed ``[H, B' * K, D]``."""
-    return x.transpose(0, 1).flatten(1, 2)
-
-
-class Seen(NamedTuple):
-    """An attention of a dense or packed forward.
+class Seen:
+    """An attention of a dense forward.
 
     Attributes:
         call: What went in.
-        out: ``[B, H, T, Dv]``.
-        lse: ``[B, H, T]``.
+        out: ``[B, H, T, E]``.
+        lse: ``[B, H, T]``, or None where the fused kernel did not give it.
+        visible: What the mask means.
+        keys: The tokens that are seen at all.
     """
 
     call: AttentionCall
     out: Tensor
-    lse: Tensor
+    lse: Tensor | None
+    visible: Visibility
+    keys: Rows
+    _key_rows: Tensor | None = None
+
+    @property
+    def how(self) -> How:
+        """How logits are made."""
+        return How(self.call.scale, self.call.softcap)
+
+    def key_rows(self) -> Tensor:
+        """Keys of the tokens that are seen, ``[M, G, D]``."""
+        if self._key_rows is None:
+            self._key_rows = rows_at(self.call.k, self.keys)
+        return self._key_rows
+
+    def lse_at(self, rows: Rows) -> Tensor:
+        """Log-sum-exp at some rows, ``[N, H]``; computed for these alone where it is not known."""
+        if self.lse is not None:
+            return ops.gather_rows(self.lse.transpose(1, 2), rows.index)
+        q = rows_at(self.call.q, rows)
+        sight = Sight(rows, self.keys, self.visible)
+        return ops.attention_lse(q, self.key_rows(), sight, self.how)
 
 
 class Seed:
@@ -99,55 +92,100 @@ class Seed:
         return self.value
 
 
-class _RowDropout:
-    """Dropout whose mask depends on the row alone; the same in every pass over a batch."""
+class _Drops:
+    """Dropout whose mask depends on tokens alone; the same in every pass over a batch.
 
-    def __init__(self, seed: Seed, rows: Tensor, shape: tuple[int, int]) -> None:
+    Attributes:
+        weights_too: Whether attention weights are dropped. The self-check compares without.
+    """
+
+    weights_too = True
+
+    def __init__(self, seed: Seed, rows: Rows, shape: tuple[int, int]) -> None:
         self.seed, self.rows, self.shape, self.drops = seed, rows, shape, 0
 
     def dropout(self, x: Tensor, p: float) -> Tensor:
-        """See :func:`lightning_sage.ops.reference.dropout_mask`."""
+        """See :func:`lightning_sage.ops.reference.row_dropout`."""
         leading = x.shape[:2] if x.shape[:2] == self.shape else x.shape[:1]
         if leading.numel() != len(self.rows):
             raise ReplayError(
                 f"dropout of a tensor of shape {list(x.shape)} does not run along the tokens, so "
                 "it cannot be replayed on some of them: set its probability to 0"
             )
-        width = x[(0,) * len(leading)].numel() if x.numel() else 1
-        mask = ops.dropout_mask(int(self.seed), self.drops, self.rows, width, p)
+        if x.numel() == 0:
+            return x
+        flat = x.reshape(len(self.rows), -1)
+        dropped = ops.row_dropout(flat, self.rows.index, int(self.seed), self.drops, p)
         self.drops += 1
-        return x * mask.view(x.shape).to(x.dtype).div_(max(1 - p, 1e-30))
+        return dropped.view(x.shape)
+
+    def how(self, call: AttentionCall) -> How:
+        """How the weights of a call are made; counts its dropout."""
+        if not call.dropout:
+            return How(call.scale, call.softcap)
+        self.drops += 1
+        drop = ops.Dropout(call.dropout, int(self.seed), self.drops - 1)
+        return How(call.scale, call.softcap, drop if self.weights_too else None)
 
 
-class Recorder(_RowDropout):
+class Recorder(_Drops):
     """Dense forward: runs attention as the model would and remembers it."""
 
-    def __init__(self, seed: Seed, hidden: Tensor) -> None:
-        rows = torch.arange(hidden.shape[:2].numel(), device=hidden.device)
-        super().__init__(seed, rows, (hidden.shape[0], hidden.shape[1]))
+    def __init__(self, seed: Seed, every: Rows, see: See, key_rows: Callable[..., Rows]) -> None:
+        super().__init__(seed, every, (every.B, every.T))
+        self.see, self.key_rows = see, key_rows
         self.seen: list[Seen] = []
 
     def attention(self, call: AttentionCall) -> Tensor:
-        """Output of the model's own attention; its log-sum-exp is remembered."""
-        if call.run is None:
+        """Output of the model's own attention, or, with dropout, of one that can be replayed."""
+        out: Tensor
+        visible, how = self.see(call.mask, call.causal), self.how(call)
+        keys = self.key_rows(visible)
+        lse: Tensor | None = None
+        if how.dropout is not None:
+            sight = Sight(self.rows, keys, visible)
+            k, v = (rows_at(x, keys) for x in (call.k, call.v))
+            rows, by_row = ops.attention_forward(as_rows(call.q), k, v, sight, how)
+            shape = (self.rows.B, self.rows.T)
+            out = rows.unflatten(0, shape).transpose(1, 2)
+            lse = by_row.unflatten(0, shape).transpose(1, 2)
+        elif call.run is None:
             k, v = call.repeated or (call.k, call.v)
-            out, lse = ops.attention_forward(call.q, k, v, call.mask, call.causal, call.scale)
+            out, lse = ops.fused_attention(call.q, k, v, call.mask, call.causal, call.scale)
         else:
             out = call.run()
-            lse = ops.attention_lse(call.q, call.k, ops.Rule(call.scale, call.softcap, call.mask))
-        self.seen.append(Seen(call, out, lse))
+        self.seen.append(Seen(call, out, lse, visible, keys))
         call.run = call.repeated = None
         return out
 
 
-class PackedForward(_RowDropout):
+class Kept(NamedTuple):
+    """What an attention call leaves for the replay.
+
+    Attributes:
+        out: Its output at the kept rows, ``[N, H, E]``.
+        lse: ``[N, H]``.
+        visible: What its mask meant.
+        k: ``[M, G, D]`` of every token that is seen, with `attention="full"`, else None.
+        v: ``[M, G, E]``, likewise.
+        keys: ``[M]`` int64, which tokens these are; None for all.
+    """
+
+    out: Stored
+    lse: Tensor
+    visible: Visibility
+    k: Stored | None = None
+    v: Stored | None = None
+    keys: Tensor | None = None
+
+
+class PackedForward(_Drops):
     """Forward over chosen rows only, which attend to one another."""
 
     def __init__(self, seed: Seed, rows: Rows, sight: Visibility | None) -> None:
-        super().__init__(seed, rows.index, (1, len(rows.index)))
-        self.chosen, self.sight = rows, sight
-        self.visible: list[Visibility] = []
-        self.seen: list[Seen] = []
+        super().__init__(seed, rows, (1, len(rows)))
+        self.sight = sight
+        self.kept: list[tuple[Tensor, Tensor, Visibility]] = []
 
     def attention(self, call: AttentionCall) -> Tensor:
         """Attention within the chosen rows of each sample.
@@ -157,60 +195,36 @@ class PackedForward(_RowDropout):
         """
         if self.sight is None and call.mask is not None:
             raise ReplayError("it makes its own attention mask: use unselected='identity'")
-        sight = self.sight or Visibility(call.causal)
-        self.visible.append(sight)
-        out = call.q.new_empty(*call.q.shape[:3], call.v.shape[-1])
-        lse = torch.empty(call.q.shape[:3], device=out.device, dtype=_lse_dtype(out.dtype))
-        for part, samples, tokens in self.chosen.groups():
-            q, k, v = (batched(x, part, len(samples)) for x in (call.q, call.k, call.v))
-            mask, causal = sight.own_keys(samples, tokens)
-            if call.softcap is None:
-                o, m = ops.attention_forward(q, k, v, mask, causal, call.scale)
-            else:
-                order = torch.arange(q.shape[2], device=q.device)[None] if causal else None
-                o, m = ops.attention(q, k, v, ops.Rule(call.scale, call.softcap, mask, order))
-            out[0, :, part], lse[0, :, part] = packed(o), packed(m)
-        self.seen.append(Seen(call, out, lse))
+        visible, how = self.sight or Visibility(call.causal), self.how(call)
+        q, k, v = (as_rows(x) for x in (call.q, call.k, call.v))
+        sight = Sight(self.rows, self.rows, visible)
+        out, lse = ops.attention_forward(q, k, v, sight, how)
+        self.kept.append((out, lse, visible))
         call.run = call.repeated = None
-        return out
+        return from_rows(out)
 
 
-def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32
-
-
-class Kept(NamedTuple):
-    """What an attention call leaves for the replay.
-
-    Attributes:
-        out: ``[N, H, Dv]``, its output at the kept rows.
-        lse: ``[N, H]``.
-        k: ``[B, G, T, D]`` of every token, with `attention="full"`, else None.
-        v: ``[B, G, T, Dv]``, likewise.
-    """
-
-    out: Tensor
-    lse: Tensor
-    k: Tensor | None
-    v: Tensor | None
-
-
-class Replayer(_RowDropout):
+class Replayer(_Drops):
     """Replay of chosen rows: attention returns what it returned, and has a sparse backward."""
 
-    def __init__(self, seed: Seed, rows: Rows, kept: list[Kept], visible: list[Visibility]) -> None:
-        super().__init__(seed, rows.index, (1, len(rows.index)))
-        self.chosen, self.kept, self.visible = rows, kept, visible
+    def __init__(
+        self, seed: Seed, rows: Rows, kept: list[Kept], chosen: Tensor | None = None
+    ) -> None:
+        super().__init__(seed, rows, (1, len(rows)))
+        self.kept, self.chosen = kept, chosen
         self.calls = 0
 
     def attention(self, call: AttentionCall) -> Tensor:
         """The kept output, with the gradient that flows within the chosen rows."""
-        kept, visible = self.kept[self.calls], self.visible[self.calls]
+        kept, how = self.kept[self.calls], self.how(call)
         self.calls += 1
-        out: Tensor = _SparseAttention.apply(
-            call.q, call.k, call.v, kept, self.chosen, visible, call.scale, call.softcap
+        width = call.q.shape[1], call.v.shape[3]
+        out = kept.out.some(self.chosen, width, call.q.dtype)
+        lse = kept.lse if self.chosen is None else ops.gather_rows(kept.lse[None], self.chosen)
+        found: Tensor = _SparseAttention.apply(
+            call.q, call.k, call.v, out, lse, kept, self.rows, how
         )
-        return out
+        return found
 
 
 class _SparseAttention(torch.autograd.Function):
@@ -222,42 +236,50 @@ class _SparseAttention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        out: Tensor,
+        lse: Tensor,
         kept: Kept,
         rows: Rows,
-        visible: Visibility,
-        scale: float,
-        softcap: float | None,
+        how: How,
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v, *kept)
-        ctx.settings = rows, visible, scale, softcap
-        return kept.out.transpose(0, 1).unsqueeze(0)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.settings = kept, rows, how
+        return from_rows(out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        q, k, v, out, lse, full_k, full_v = ctx.saved_tensors
-        rows, visible, scale, softcap = ctx.settings
-        out, lse = out.transpose(0, 1).unsqueeze(0), lse.t()[None, ..., None]
-        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        for part, samples, tokens in rows.groups():
-            n = len(samples)
-            g, group_q, o, m = (batched(x, part, n) for x in (grad, q, out, lse))
-            m = m.squeeze(-1)
-            if full_k is None:
-                mask, causal = visible.own_keys(samples, tokens)
-                rule = ops.Rule(scale, softcap, mask)
-                keys, values = batched(k, part, n), batched(v, part, n)
-            else:
-                causal = False
-                rule = ops.Rule(scale, softcap, *visible.all_keys(samples, tokens))
-                keys, values = full_k[samples], full_v[samples]
-            grads = ops.attention_backward(g, group_q, keys, values, o, m, rule, causal)
-            if full_k is not None:
-                grads = grads[0], _at(grads[1], tokens), _at(grads[2], tokens)
-            for target, x in zip((dq, dk, dv), grads, strict=True):
-                target[0, :, part] = packed(x)
-        return dq, dk, dv, None, None, None, None, None
+        q, k, v, out, lse = ctx.saved_tensors
+        kept, rows, how = ctx.settings
+        q, k, v, grad = (as_rows(x) for x in (q, k, v, grad))
+        sight, all_keys = Sight(rows, rows, kept.visible), None
+        if kept.k is not None:
+            every = Rows.every(rows.B, rows.T, rows.index.device)
+            keys = every if kept.keys is None else Rows(kept.keys, rows.B, rows.T)
+            whole = (x.some(None, y.shape[1:], y.dtype) for x, y in ((kept.k, k), (kept.v, v)))
+            all_keys = *whole, Sight(rows, keys, kept.visible)
+        grads = ops.attention_backward(grad, q, k, v, out, lse, sight, how, all_keys)
+        return *(from_rows(x) for x in grads), None, None, None, None, None
 
 
-def _at(x: Tensor, tokens: Tensor) -> Tensor:
-    """``[B', G, T, D]`` at ``[B', K]`` tokens: ``[B', G, K, D]``."""
-    return x.gather(2, tokens[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+def keep_attention(seen: Seen, rows: Rows, full: bool, cache_dtype: str | None) -> Kept:
+    """What a dense attention call leaves: output and log-sum-exp at the rows, or all keys too."""
+    if rows.whole and cache_dtype is None:
+        out = Stored(own(as_rows(seen.out)))
+    else:
+        out = store(seen.out.transpose(1, 2), rows, cache_dtype)
+    kept = Kept(out, seen.lse_at(rows), seen.visible)
+    if not full:
+        return kept
+    if cache_dtype is None:
+        k, v = (Stored(own(x)) for x in (seen.key_rows(), rows_at(seen.call.v, seen.keys)))
+    else:
+        k, v = (
+            store(x.transpose(1, 2), seen.keys, cache_dtype) for x in (seen.call.k, seen.call.v)
+        )
+    return kept._replace(k=k, v=v, keys=None if seen.keys.whole else seen.keys.index)
+
+
+def own(x: Tensor) -> Tensor:
+    """`x` without the rest of a fused projection that it may be a view of."""
+    whole = x.untyped_storage().nbytes() == x.numel() * x.element_size()
+    return x if whole else x.clone(memory_format=torch.contiguous_format)

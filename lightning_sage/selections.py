@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -34,11 +35,14 @@ class Selection:
         needs_scores: Whether `keep` looks at the saliency.
         random: Whether it looks at the noise.
         saliency_in_replay: Whether `replay` looks at the saliency.
+        fixed: Whether the number of rows that `keep` chooses follows from padding and priorities
+            alone, so that a GPU need not be asked for it in every block.
     """
 
     needs_scores = True
     random = False
     saliency_in_replay = False
+    fixed = False
 
     def keep(self, scores: Tensor, valid: Tensor, priority: Tensor, noise: Tensor) -> Chosen:
         """Choose the rows to keep, per sample.
@@ -56,12 +60,17 @@ class Selection:
         """Choose among the kept rows of a whole batch.
 
         Args:
-            norms: ``[N]`` float64, norm of the incoming gradient of each kept row.
+            norms: ``[N]`` float64, norm of the incoming gradient of each kept row; infinite where
+                it is not finite, and then the row must be chosen, so that a NaN surfaces.
             saliency: ``[N]`` float64, the scores of the forward pass, where they were computed.
             valid: Number of valid tokens in the batch; fractions refer to it.
             noise: ``[N]`` float64, uniform in [0, 1).
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be used as replay")
+
+    def replay_count(self, kept: int, valid: int) -> int | None:
+        """How many of `kept` rows :func:`Selection.replay` chooses; None where that depends."""
+        return None
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
@@ -74,13 +83,18 @@ class Selection:
         return hash((type(self), *vars(self).items()))
 
 
-def _top(key: Tensor, count: Tensor) -> Tensor:
+def _share(fraction: float, tokens: int) -> int:
+    """`fraction` of the tokens, rounded up; 0.1 of 30 is 3, whatever a float makes of it."""
+    return math.ceil(round(fraction * tokens, 6))
+
+
+def _top(key: Tensor, count: Tensor | int) -> Tensor:
     """True at the `count` largest entries of each row of `key`; ties go to the earlier one."""
     order = key.argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order)
     positions = torch.arange(key.shape[-1], device=key.device)
     rank.scatter_(-1, order, positions.expand_as(order))
-    return rank < count.unsqueeze(-1)
+    return rank < (count if isinstance(count, int) else count.unsqueeze(-1))
 
 
 def _ranked(scores: Tensor, priority: Tensor, eligible: Tensor) -> Tensor:
@@ -103,6 +117,7 @@ class TopFraction(Selection):
     """
 
     saliency_in_replay = True
+    fixed = True
 
     def __init__(self, fraction: float) -> None:
         self.fraction = _fraction("fraction", fraction)
@@ -114,8 +129,12 @@ class TopFraction(Selection):
 
     def replay(self, norms: Tensor, saliency: Tensor | None, valid: int, noise: Tensor) -> Chosen:
         """See :func:`Selection.replay`."""
-        budget = torch.tensor(self.fraction * valid, device=norms.device).ceil()
-        return Chosen(_top(_gradient_scores(norms, saliency), budget))
+        count = self.replay_count(len(norms), valid)
+        return Chosen(_top(_gradient_scores(norms, saliency), count))
+
+    def replay_count(self, kept: int, valid: int) -> int:
+        """See :func:`Selection.replay_count`."""
+        return min(kept, _share(self.fraction, valid))
 
 
 class TopMass(Selection):
@@ -156,6 +175,7 @@ class RandomTokens(Selection):
 
     needs_scores = False
     random = True
+    fixed = True
 
     def __init__(self, fraction: float) -> None:
         self.fraction = _fraction("fraction", fraction)
@@ -170,6 +190,7 @@ class AllTokens(Selection):
     """Every valid token: the dense gradient, unless `replay` leaves some out."""
 
     needs_scores = False
+    fixed = True
 
     def keep(self, scores: Tensor, valid: Tensor, priority: Tensor, noise: Tensor) -> Chosen:
         """See :func:`Selection.keep`."""
@@ -197,9 +218,10 @@ class GradientMass(Selection):
     def replay(self, norms: Tensor, saliency: Tensor | None, valid: int, noise: Tensor) -> Chosen:
         """See :func:`Selection.replay`."""
         scores = _gradient_scores(norms, saliency)
-        count = _mass_count(scores, self.mass)
+        finite = scores.isfinite()
+        count = _mass_count(scores.where(finite, 0.0), self.mass) + (~finite).sum()
         if self.max_fraction is not None:
-            count = count.clamp(max=-int(-self.max_fraction * valid // 1))
+            count = count.clamp(max=_share(self.max_fraction, valid))
         return Chosen(_top(scores, count))
 
 
@@ -244,9 +266,17 @@ class ImportanceSampling(Selection):
 
     def replay(self, norms: Tensor, saliency: Tensor | None, valid: int, noise: Tensor) -> Chosen:
         """See :func:`Selection.replay`."""
-        budget = torch.tensor(self.fraction * valid, device=norms.device).ceil()
-        weights = norms / norms.mean().clamp(min=1e-300) + self.uniform
-        return self._draw(_inclusion(weights, budget), noise)
+        finite = norms.isfinite()
+        own = norms.where(finite, 0.0)
+        weights = own / own.mean().clamp(min=1e-300) + self.uniform
+        # filled on the device: a copy to it would be waited for
+        budget = own.new_full((), _share(self.fraction, valid))
+        probability = _inclusion(weights, budget)
+        return self._draw(probability.where(finite, 1.0), noise)
+
+    def replay_count(self, kept: int, valid: int) -> int | None:
+        """See :func:`Selection.replay_count`."""
+        return kept if kept <= _share(self.fraction, valid) else None
 
     def _draw(self, probability: Tensor, noise: Tensor) -> Chosen:
         ends = probability.flatten().cumsum(0) + noise.flatten()[:1]
@@ -264,7 +294,10 @@ def _mass_count(scores: Tensor, mass: float) -> Tensor:
 
 
 def _gradient_scores(norms: Tensor, saliency: Tensor | None) -> Tensor:
-    scores = norms / norms.sum().clamp(min=1e-300)
+    """Shares of gradient and saliency; infinite where the norm is."""
+    finite = norms.isfinite()
+    scores = norms / norms.where(finite, 0.0).sum().clamp(min=1e-300)
+    scores = scores.where(finite, float("inf"))
     return scores if saliency is None else scores + saliency / saliency.sum().clamp(min=1e-300)
 
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from lightning_sage import ops
 from lightning_sage.arguments import ReplayError
-from lightning_sage.cache import keep_attention, keep_hidden
 from lightning_sage.intercept import AttentionCall, Tap, random_state_kept
 from lightning_sage.memory import saved_bytes
-from lightning_sage.replay import Recorder, Replayer, Rows, Seed, Seen
+from lightning_sage.ops import Rows, Sight, reference
+from lightning_sage.replay import Replayer, Seed, Seen, keep_attention, rows_at
 
 if TYPE_CHECKING:
     from lightning_sage.job import Job
@@ -55,7 +55,10 @@ def _compare(job: Job, hidden: Tensor) -> bool:
     Raises:
         ReplayError: See :func:`first_call`.
     """
-    recorder = Recorder(Seed(1), hidden)
+    facts = job.session.facts(hidden)
+    recorder = job.session.recorder(Seed(1), facts)
+    # compared with the model's own attention, which draws other weights to drop
+    recorder.weights_too = False
     watch: list[str] = []
     called: set[str] = set()
     drawn = random.getstate()
@@ -68,16 +71,16 @@ def _compare(job: Job, hidden: Tensor) -> bool:
             f"it draws random numbers ({', '.join(sorted(set(watch)))}), which a replay of some "
             "rows cannot repeat: switch that off, or leave the block dense with dense_blocks"
         )
-    valid = job.session.valid(hidden)
-    visible = [job.session.visibility(s.call.mask, s.call.causal, valid) for s in recorder.seen]
-    rows = Rows.of(_half(valid))
+    rows = Rows.of(_half(facts.valid))
     finite = out.flatten(0, 1)[rows.index].isfinite().all(-1)
     if not bool(finite.any()):
         return False
-    kept = [keep_attention(seen, rows, full=False) for seen in recorder.seen]
-    comparer = _Comparer(rows, recorder.seen, finite, Replayer(Seed(1), rows, kept, visible))
+    kept = [keep_attention(seen, rows, False, None) for seen in recorder.seen]
+    replayer = Replayer(Seed(1), rows, kept)
+    replayer.weights_too = False
+    comparer = _Comparer(rows, recorder.seen, finite, replayer)
     comparer.routed = bool(called & {"topk", "argmax", "sort", "argsort"})
-    own = keep_hidden(hidden, rows)
+    own = ops.gather_rows(hidden, rows.index)
     again = _replayed(job, comparer, rows, own)
     if comparer.calls != len(recorder.seen):
         raise ReplayError(
@@ -220,8 +223,9 @@ class _Comparer:
         spared = min(2, len(errors) // 10) if self.routed and want.dtype.itemsize == 2 else 0
         error = float(errors.sort(descending=True).values[spared])
         allowed = TOLERANCE[want.dtype]
-        if self.replayer.kept and want.dtype.itemsize > self.replayer.kept[0].out.dtype.itemsize:
-            allowed = TOLERANCE[self.replayer.kept[0].out.dtype]
+        attended = [kept.out.values.dtype for kept in self.replayer.kept[:1]]
+        if attended and want.dtype.itemsize > attended[0].itemsize:
+            allowed = TOLERANCE[attended[0]]
         if not error <= allowed:
             raise ReplayError(
                 f"a replay of some rows gives another {what} than the forward (relative error "
@@ -239,37 +243,23 @@ class _Comparer:
         if self.calls >= len(self.seen):
             raise ReplayError("its replay makes more attention calls than the forward")
         seen, kept = self.seen[self.calls], self.replayer.kept[self.calls]
-        sight = self.replayer.visible[self.calls]
-        T = self.rows.T
-        sample, token = self.rows.index // T, self.rows.index % T
         for name in ("q", "k", "v"):
-            want = getattr(seen.call, name)[sample, :, token]
+            want = rows_at(getattr(seen.call, name), self.rows)
             size = _norms(want) + 1e-3 * _norms(want).max()
             self.judge(
                 f"attention input {name}", getattr(call, name)[0].transpose(0, 1), want, size
             )
-        self._judge_function(seen, kept.out, kept.lse, sight)
+        self._judge_function(seen, kept.out.values, kept.lse)
 
-    def _judge_function(self, seen: Seen, out: Tensor, lse: Tensor, sight: Any) -> None:
+    def _judge_function(self, seen: Seen, want: Tensor, lse: Tensor) -> None:
         """The attention as understood here against what the model computed."""
-        q, k, v = seen.call.q, seen.call.k, seen.call.v
-        for part, samples, tokens in self.rows.groups():
-            at = tokens[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
-            mask, positions = sight.all_keys(samples, tokens)
-            rule = ops.Rule(seen.call.scale, seen.call.softcap, mask, positions)
-            got, got_lse = ops.attention(q[samples].gather(2, at), k[samples], v[samples], rule)
-            got, got_lse = (x.transpose(1, 2).flatten(0, 1) for x in (got, got_lse))
-            finite, self.finite = self.finite, self.finite[part]
-            want = out[part]
-            hint = f"; it is attention of {seen.call.q.shape[1]} heads with something unknown in it"
-            self.judge(
-                "attention output", got, want, _norms(want) + 1e-3 * _norms(want).max(), hint
-            )
-            close = torch.ones_like(lse[part, 0]) * lse.shape[1] ** 0.5
-            self.judge(
-                "log-sum-exp", got_lse.to(lse.dtype), lse[part], close + _norms(lse[part]), hint
-            )
-            self.finite = finite
+        q, v = rows_at(seen.call.q, self.rows), rows_at(seen.call.v, seen.keys)
+        sight = Sight(self.rows, seen.keys, seen.visible)
+        got, got_lse = reference.attention_forward(q, seen.key_rows(), v, sight, seen.how)
+        hint = f"; it is attention of {seen.call.q.shape[1]} heads with something unknown in it"
+        self.judge("attention output", got, want, _norms(want) + 1e-3 * _norms(want).max(), hint)
+        close = torch.ones_like(lse[:, 0]) * lse.shape[1] ** 0.5
+        self.judge("log-sum-exp", got_lse.to(lse.dtype), lse, close + _norms(lse), hint)
 
 
 def dense_bytes(job: Job) -> int:

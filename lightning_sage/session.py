@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from lightning_sage import ops
 from lightning_sage.arguments import ReplayError
-from lightning_sage.masks import Visibility, visibility
+from lightning_sage.masks import visibility
+from lightning_sage.ops import Rows, Visibility
 from lightning_sage.policy import SagePolicy
-from lightning_sage.replay import Seed, Seen
+from lightning_sage.replay import Recorder, Seed, Seen
+from lightning_sage.saliency import saliency
 from lightning_sage.selections import Chosen
 
 # draws of one seed that must not be the same numbers
@@ -29,19 +31,70 @@ class BlockRecord:
         valid: ``[B, T]`` bool, False on padding.
         kept: ``[B, T]`` bool.
         cached_bytes: Bytes held between forward and backward for this block alone.
-        replayed: ``[B, T]`` bool, or None before a backward pass.
-        weights: ``[B, T]``, the factor of each replayed row's branch gradient (1/p, or 1 where
-            nothing was drawn) and 0 elsewhere; None before a backward pass.
         seed: Of the block's dropout and draws; None where nothing was random.
+        rows: ``[R]`` int64, the replayed rows, or None before a backward pass.
+        factors: ``[R]``, what their branch gradient was multiplied by; None for 1.
     """
 
     name: str
     valid: Tensor
     kept: Tensor
     cached_bytes: int = 0
-    replayed: Tensor | None = None
-    weights: Tensor | None = None
     seed: int | None = None
+    rows: Tensor | None = None
+    factors: Tensor | None = None
+
+    @property
+    def replayed(self) -> Tensor | None:
+        """``[B, T]`` bool, or None before a backward pass."""
+        weights = self.weights
+        return None if weights is None else weights > 0
+
+    @property
+    def weights(self) -> Tensor | None:
+        """``[B, T]`` float64, the factor of each replayed row's branch gradient, 0 elsewhere.
+
+        1/p, or 1 where nothing was drawn; None before a backward pass.
+        """
+        if self.rows is None:
+            return None
+        weights = torch.zeros(self.kept.numel(), dtype=torch.float64, device=self.kept.device)
+        weights[self.rows] = 1.0 if self.factors is None else self.factors.double()
+        return weights.view(self.kept.shape)
+
+
+@dataclass
+class Facts:
+    """What a forward knows of its batch; the same for every block, so looked at once.
+
+    Attributes:
+        heard: The tensors that this was learned from.
+        valid: ``[B, T]`` bool, False on padding.
+        count: Valid tokens.
+        every: All tokens.
+        keys: By the tokens that a mask lets anyone see, these tokens as rows.
+        judged: By causality, query rows whose attention counts, priorities, and how many rows a
+            selection keeps whose count depends on nothing else.
+    """
+
+    heard: tuple[Any, ...]
+    valid: Tensor
+    count: int
+    every: Rows
+    keys: list[tuple[Tensor, Rows]] = field(default_factory=list)
+    judged: dict[bool, tuple[Rows, Tensor]] = field(default_factory=dict)
+    fixed: dict[bool, int] = field(default_factory=dict)
+
+    def key_rows(self, visible: Visibility) -> Rows:
+        """The tokens that are seen at all."""
+        if visible.keys is None:
+            return self.every
+        for known, rows in self.keys:
+            if known is visible.keys:
+                return rows
+        rows = Rows.of(visible.keys)
+        self.keys.append((visible.keys, rows))
+        return rows
 
 
 class Session:
@@ -65,11 +118,12 @@ class Session:
         self._inside: list[nn.Module] = []
         self._said: dict[str, Any] = {}
         self._masks: list[tuple[Tensor, int, Tensor, Visibility]] = []
+        self._facts: list[Facts] = []
         self.skip_rows = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle take along: nothing that belongs to a forward under way."""
-        passing = ("_inside", "_said", "_masks", "batch", "records", "skip_rows")
+        passing = ("_inside", "_said", "_masks", "_facts", "batch", "records", "skip_rows")
         return {name: value for name, value in vars(self).items() if name not in passing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -110,22 +164,40 @@ class Session:
         value = self._said.get(name)
         return value if value is not None else self.batch.get(name)
 
-    def valid(self, hidden: Tensor) -> Tensor:
-        """``[B, T]`` bool, False on padding, as far as the batch tells."""
-        mask = self._heard("attention_mask")
-        if isinstance(mask, Tensor) and mask.shape == hidden.shape[:2]:
-            mask = mask.to(hidden.device)
-            # additive: 0 where a token is, far below where none is
-            additive = mask.is_floating_point() and not bool((mask > 0).any())
-            return mask == 0 if additive else mask != 0
-        return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    def facts(self, hidden: Tensor) -> Facts:
+        """What is known of the batch whose hidden states ``[B, T, C]`` these are."""
+        B, T, _ = hidden.shape
+        mask, labels = self._heard("attention_mask"), self._heard("labels")
+        heard = (B, T, hidden.device, mask, labels, self._said.get("owner"))
+        for known in self._facts:
+            if all(
+                x is y or (not isinstance(x, Tensor) and x == y)
+                for x, y in zip(known.heard, heard, strict=True)
+            ):
+                return known
+        valid = _valid(mask, hidden)
+        everything = not isinstance(mask, Tensor)
+        count = B * T if everything else int(valid.sum())
+        found = Facts(heard, valid, count, Rows.every(B, T, hidden.device))
+        # outside of any forward seen from above nobody would forget it again
+        if self._inside:
+            self._facts = [*self._facts[-3:], found]
+        return found
+
+    def recorder(self, seed: Seed, facts: Facts) -> Recorder:
+        """What runs the attention of a dense forward."""
+
+        def see(mask: Tensor | None, causal: bool) -> Visibility:
+            return self.visibility(mask, causal, facts.valid)
+
+        return Recorder(seed, facts.every, see, facts.key_rows)
 
     def visibility(self, mask: Tensor | None, causal: bool, valid: Tensor) -> Visibility:
         """What `mask` means; looked at once a forward, however many blocks share it."""
         if mask is None:
             return Visibility(causal)
         for known, version, for_valid, found in self._masks:
-            if known is mask and version == mask._version and torch.equal(for_valid, valid):
+            if known is mask and version == mask._version and for_valid is valid:
                 return found
         found = visibility(mask, causal, valid)
         # outside of any forward seen from above nobody would forget it again
@@ -173,7 +245,7 @@ class Session:
         return labelled & valid, labelled & valid
 
     def choose(
-        self, name: str, valid: Tensor, seen: list[Seen], visible: list[Visibility], seed: Seed
+        self, name: str, facts: Facts, seen: list[Seen], seed: Seed
     ) -> tuple[Chosen, Tensor | None]:
         """Rows to keep, and the saliency ``[B, T]`` where the policy uses one.
 
@@ -181,21 +253,45 @@ class Session:
             ReplayError: The policy needs saliency and the block made no attention call.
         """
         keeper, replayer = self.policy.keeper, self.policy.replayer
-        queries, loss_rows = self.loss_rows(valid, any(v.causal for v in visible))
+        valid, causal = facts.valid, any(one.visible.causal for one in seen)
+        if causal not in facts.judged:
+            queries, loss_rows = self.loss_rows(valid, causal)
+            priority = self.policy.priority(valid, loss_rows)
+            facts.judged[causal] = Rows.of(queries), priority
+        counting, priority = facts.judged[causal]
         scores = None
         if keeper.needs_scores or (replayer is not None and replayer.saliency_in_replay):
             if seen:
-                scores = saliency(self.policy.saliency, seen, visible, queries, valid)
+                scores = saliency(self.policy.saliency, seen, counting, valid)
             elif keeper.needs_scores:
                 raise ReplayError(
                     f"block '{name}' made no attention call that can be seen, and {keeper!r} needs "
                     "its saliency: use AllTokens() or RandomTokens(...)"
                 )
-        index = torch.arange(valid.numel(), device=valid.device).view_as(valid)
+        index = facts.every.index.view_as(valid)
         noise = ops.uniform(int(seed), KEEP_STREAM, index) if keeper.random else index.double()
-        priority = self.policy.priority(valid, loss_rows)
         known = torch.zeros(valid.shape, dtype=torch.float64, device=valid.device)
-        return keeper.keep(known if scores is None else scores, valid, priority, noise), scores
+        chosen = keeper.keep(known if scores is None else scores, valid, priority, noise)
+        return chosen, scores
+
+    def kept_rows(self, chosen: Chosen, facts: Facts, causal: bool) -> Rows:
+        """The chosen rows, packed; waits for the device only where their number is news."""
+        if not self.policy.keeper.fixed:
+            return Rows.of(chosen.rows)
+        if causal not in facts.fixed:
+            facts.fixed[causal] = int(chosen.rows.sum())
+        return Rows.of(chosen.rows, facts.fixed[causal])
+
+
+def _valid(mask: Any, hidden: Tensor) -> Tensor:
+    """``[B, T]`` bool, False on padding, as far as the batch tells."""
+    if isinstance(mask, Tensor) and mask.shape == hidden.shape[:2]:
+        mask = mask.to(hidden.device)
+        # additive: 0 where a token is, far below where none is
+        additive = mask.is_floating_point() and not bool((mask > 0).any())
+        valid: Tensor = mask == 0 if additive else mask != 0
+        return valid
+    return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
 
 
 def _refuse_requests(config: Any, kwargs: dict[str, Any]) -> None:
@@ -228,63 +324,3 @@ def _refuse_cache(kwargs: dict[str, Any]) -> None:
             f"{name}: a training forward with SAGE neither fills nor reads a KV cache: leave it "
             "out, or call the model under torch.no_grad()"
         )
-
-
-def saliency(
-    kind: str, seen: list[Seen], visible: list[Visibility], queries: Tensor, valid: Tensor
-) -> Tensor:
-    """Score of every token: attention received, value norm, or their product, summed over heads.
-
-    Args:
-        kind: As in :class:`SagePolicy`.
-        seen: The block's attention calls.
-        visible: What their masks mean.
-        queries: ``[B, T]`` bool, rows whose attention counts.
-        valid: ``[B, T]`` bool.
-
-    Returns:
-        ``[B, T]`` float64, 0 on padding, summing to 1 per sample.
-    """
-    total = torch.zeros(valid.shape, dtype=torch.float64, device=valid.device)
-    for (call, _, lse), sight in zip(seen, visible, strict=True):
-        norms = call.v.float().norm(dim=-1)
-        if kind == "value_norm":
-            total += norms.sum(1)
-            continue
-        received = _received(call.q, call.k, lse, sight, queries, call.scale, call.softcap)
-        if kind == "attention_value_norm":
-            received = received.unflatten(1, (norms.shape[1], -1)) * norms.unsqueeze(2)
-            received = received.flatten(1, 2)
-        total += received.sum(1)
-    total = total.nan_to_num_(0.0, posinf=0.0).masked_fill_(~valid, 0.0)
-    return total / total.sum(-1, keepdim=True).clamp(min=1e-300)
-
-
-def _received(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    sight: Visibility,
-    queries: Tensor,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
-    """Attention received from the query rows, ``[B, H, T]``."""
-    B, H, T, D = q.shape
-    count = int(queries.sum(1).max())
-    tokens = queries.long().argsort(dim=1, descending=True, stable=True)[:, :count]
-    weights = queries.gather(1, tokens).to(lse.dtype)
-    samples = torch.arange(B, device=q.device)
-    total = lse.new_zeros(B, H, T)
-    for part in ops.chunks(q[:, :, :count], T):
-        at = tokens[:, part]
-        mask, positions = sight.all_keys(samples, at)
-        rows = at[:, None].expand(-1, H, -1)
-        total += ops.attention_received(
-            q.gather(2, rows[..., None].expand(-1, -1, -1, D)),
-            k,
-            lse.gather(2, rows),
-            weights[:, part],
-            ops.Rule(scale, softcap, mask, positions),
-        )
-    return total

@@ -1,62 +1,213 @@
-"""The door to the ops: what fits the device, or the reference.
+"""The door to the ops: Triton kernels on a GPU, PyTorch's fused attention, or the reference.
 
-The meaning of each is in :mod:`lightning_sage.ops.reference`.
+The meaning of each is in :mod:`lightning_sage.ops.reference`. The environment variable
+`LIGHTNING_SAGE_KERNELS` forces a choice: `triton` (on a CPU in Triton's interpreter), `reference`,
+or `auto`.
 """
 
 from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_sage.ops import reference, stock
-from lightning_sage.ops.reference import (
-    Rule,
-    attention,
-    attention_lse,
-    attention_received,
-    chunks,
-    dropout_mask,
-    gather_rows,
-    scatter_rows,
-    uniform,
-)
+from lightning_sage.ops.reference import Dropout, How, dropout_mask, uniform
+from lightning_sage.ops.sight import Rows, Sight, Visibility, positions
 
 __all__ = [
-    "Rule",
-    "attention",
+    "Dropout",
+    "How",
+    "Rows",
+    "Sight",
+    "Visibility",
     "attention_backward",
     "attention_forward",
     "attention_lse",
     "attention_received",
-    "chunks",
     "dropout_mask",
+    "fused_attention",
     "gather_rows",
+    "pack_rows",
+    "positions",
+    "row_dropout",
+    "row_norms",
     "scatter_rows",
     "uniform",
+    "unpack_rows",
 ]
+
+VARIABLE = "LIGHTNING_SAGE_KERNELS"
+
+
+def chosen_kernels() -> str:
+    """What `LIGHTNING_SAGE_KERNELS` asks for.
+
+    Raises:
+        ValueError: It asks for something else than auto, triton or reference.
+    """
+    choice = os.environ.get(VARIABLE) or "auto"
+    if choice not in ("auto", "triton", "reference"):
+        raise ValueError(
+            f"{VARIABLE}={choice!r}: must be auto, triton or reference; leave it unset for auto"
+        )
+    return choice
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _kernels(x: Tensor) -> bool:
+    """Whether Triton kernels work on `x`.
+
+    Raises:
+        RuntimeError: They are asked for where they cannot run.
+    """
+    choice = chosen_kernels()
+    if choice == "auto":
+        # tensor cores know float64 only in some layouts: where it is used, speed is not the point
+        return x.is_cuda and x.dtype != torch.float64 and _has_triton()
+    if choice == "triton" and x.device.type == "cpu" and not _interpreted():
+        raise RuntimeError(
+            f"{VARIABLE}=triton needs a GPU, or TRITON_INTERPRET=1 before lightning_sage's kernels "
+            "are first imported; use auto"
+        )
+    return choice == "triton"
+
+
+@cache
+def _interpreted() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _row_ops(x: Tensor) -> Any:
+    """The module whose gather, scatter, norms and packing fit `x`."""
+    if not _kernels(x):
+        return reference
+    from lightning_sage.ops import rows
+
+    return rows
+
+
+def gather_rows(x: Tensor, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+    """See :func:`lightning_sage.ops.reference.gather_rows`."""
+    found: Tensor = _row_ops(x).gather_rows(x, rows, weights)
+    return found
+
+
+def scatter_rows(
+    values: Tensor, rows: Tensor, base: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """See :func:`lightning_sage.ops.reference.scatter_rows`."""
+    found: Tensor = _row_ops(base).scatter_rows(values, rows, base, weights)
+    return found
+
+
+def row_norms(x: Tensor, rows: Tensor) -> Tensor:
+    """See :func:`lightning_sage.ops.reference.row_norms`."""
+    found: Tensor = _row_ops(x).row_norms(x, rows)
+    return found
+
+
+@cache
+def _knows_float8(device: torch.device) -> bool:
+    """Whether a kernel may convert to float8_e4m3fn: from compute capability 8.9 on."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def pack_rows(x: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """See :func:`lightning_sage.ops.reference.pack_rows`."""
+    fits = dtype == torch.int8 or _knows_float8(x.device)
+    values, scale = (_row_ops(x) if fits else reference).pack_rows(x, rows, dtype)
+    return values, scale
+
+
+def unpack_rows(values: Tensor, scale: Tensor, chosen: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """See :func:`lightning_sage.ops.reference.unpack_rows`."""
+    fits = values.dtype == torch.int8 or _knows_float8(values.device)
+    ops = _row_ops(scale) if fits else reference
+    found: Tensor = ops.unpack_rows(values, scale, chosen, dtype)
+    return found
+
+
+class _Dropout(torch.autograd.Function):
+    """The mask is drawn again in the backward pass: nothing is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, seed: int, call: int, p: float) -> Tensor:
+        from lightning_sage.ops import dropout as kernel
+
+        ctx.save_for_backward(rows)
+        ctx.settings = seed, call, p
+        return kernel.row_dropout(x, rows, seed, call, p)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (rows,) = ctx.saved_tensors
+        return _Dropout.apply(grad, rows, *ctx.settings), None, None, None, None
+
+
+def row_dropout(x: Tensor, rows: Tensor, seed: int, call: int, p: float) -> Tensor:
+    """See :func:`lightning_sage.ops.reference.row_dropout`; differentiable in `x`."""
+    if _kernels(x):
+        found: Tensor = _Dropout.apply(x, rows, seed, call, p)
+        return found
+    return reference.row_dropout(x, rows, seed, call, p)
+
+
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """Dense attention as the model computes it; see :func:`lightning_sage.ops.stock.forward`."""
+    return stock.forward(q, k, v, mask, causal, scale)
+
+
+def _attention_kernels(q: Tensor, sight: Sight) -> bool:
+    """Whether the attention kernels can serve: they take intervals of keys, not masks."""
+    return sight.visible.mask is None and _kernels(q)
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, sight: Sight, how: How
 ) -> tuple[Tensor, Tensor]:
-    """Fused attention of all tokens and its log-sum-exp.
+    """See :func:`lightning_sage.ops.reference.attention_forward`."""
+    if chosen_kernels() == "auto":
+        found = stock.attention_forward(q, k, v, sight, how)
+        if found is not None:
+            return found
+    if _attention_kernels(q, sight):
+        from lightning_sage.ops import attention as kernel
 
-    Args:
-        q: ``[B, H, T, D]``.
-        k: ``[B, G, T, D]``.
-        v: ``[B, G, T, Dv]``.
-        mask: As ``F.scaled_dot_product_attention`` takes it.
-        causal: As ``F.scaled_dot_product_attention`` takes it.
-        scale: Factor of the products.
+        return kernel.attention_forward(q, k, v, sight, how)
+    return reference.attention_forward(q, k, v, sight, how)
 
-    Returns:
-        ``[B, H, T, Dv]`` and ``[B, H, T]``.
-    """
-    out, lse = stock.forward(q, k, v, mask, causal, scale)
-    if lse is None:
-        positions = torch.arange(q.shape[2], device=q.device)[None] if causal else None
-        lse = attention_lse(q, k, Rule(scale, mask=mask, positions=positions))
-    return out, lse
+
+def attention_lse(q: Tensor, k: Tensor, sight: Sight, how: How) -> Tensor:
+    """See :func:`lightning_sage.ops.reference.attention_lse`."""
+    if _attention_kernels(q, sight):
+        from lightning_sage.ops import attention as kernel
+
+        return kernel.attention_lse(q, k, sight, how)
+    return reference.attention_lse(q, k, sight, how)
+
+
+def attention_received(
+    q: Tensor, k: Tensor, lse: Tensor, weights: Tensor, sight: Sight, how: How
+) -> Tensor:
+    """See :func:`lightning_sage.ops.reference.attention_received`."""
+    if _attention_kernels(q, sight):
+        from lightning_sage.ops import saliency as kernel
+
+        return kernel.attention_received(q, k, lse, weights, sight, how)
+    return reference.attention_received(q, k, lse, weights, sight, how)
 
 
 def attention_backward(
@@ -66,32 +217,57 @@ def attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    rule: Rule,
-    causal: bool,
+    sight: Sight,
+    how: How,
+    all_keys: tuple[Tensor, Tensor, Sight] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`reference.attention_backward`; `causal`: row i sees rows 0 to i only.
+    """See :func:`lightning_sage.ops.reference.attention_backward`.
 
-    `rule.positions` is for query rows that are not the key rows, `causal` for those that are.
+    Args:
+        grad: As there, like the other arguments.
+        q: As there.
+        k: As there.
+        v: As there.
+        out: As there.
+        lse: As there.
+        sight: As there.
+        how: As there.
+        all_keys: Keys, values and sight by which the queries get their gradient, where keys besides
+            those of `sight` count as constants; the keys of `sight` are among them.
     """
-    mask = _with_positions(rule, q, k.shape[2])
-    if rule.softcap is None and (mask is None) == (rule.mask is None and rule.positions is None):
-        grads = stock.backward(grad, q, k, v, out, lse, mask, causal, rule.scale)
-        if grads is not None:
-            return grads
-    if causal:
-        rule = rule._replace(positions=torch.arange(q.shape[2], device=q.device)[None])
-    return reference.attention_backward(grad, q, k, v, out, lse, rule)
+    fused = all_keys is None or q.device.type == "cpu"
+    if chosen_kernels() == "auto" and fused:
+        found = _select(stock.attention_backward, grad, q, k, v, out, lse, sight, how, all_keys)
+        if found is not None:
+            return found
+    if _attention_kernels(q, sight):
+        from lightning_sage.ops import attention as kernel
+
+        return kernel.attention_backward(grad, q, k, v, out, lse, sight, how, all_keys)
+    found = _select(reference.attention_backward, grad, q, k, v, out, lse, sight, how, all_keys)
+    assert found is not None
+    return found
 
 
-def _with_positions(rule: Rule, q: Tensor, keys: int) -> Tensor | None:
-    """Mask and positions as one mask, unless that would outgrow the working memory by far."""
-    if rule.positions is None:
-        return rule.mask
-    if rule.positions.numel() * keys > 16 * reference.CHUNK or q.device.type != "cpu":
+def _select(
+    backward: Any,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sight: Sight,
+    how: How,
+    all_keys: tuple[Tensor, Tensor, Sight] | None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """A backward that gives the gradient of every key; those of `sight` are picked out."""
+    if all_keys is None:
+        grads: tuple[Tensor, Tensor, Tensor] = backward(grad, q, k, v, out, lse, sight, how)
+        return grads
+    every_k, every_v, over_all = all_keys
+    grads = backward(grad, q, every_k, every_v, out, lse, over_all, how)
+    if grads is None:
         return None
-    seen = torch.arange(keys, device=q.device) <= rule.positions[:, None, :, None]
-    if rule.mask is None:
-        return seen
-    if rule.mask.dtype == torch.bool:
-        return seen & rule.mask
-    return rule.mask.masked_fill(~seen, float("-inf"))
+    places = torch.searchsorted(over_all.keys.index, sight.keys.index)
+    return grads[0], grads[1].index_select(0, places), grads[2].index_select(0, places)
