@@ -13,11 +13,12 @@ from torch.autograd.function import once_differentiable
 from lightning_sage import ops, selfcheck
 from lightning_sage.arguments import Arguments, ReplayError
 from lightning_sage.cache import SparseCache
+from lightning_sage.facts import Facts
 from lightning_sage.job import ATTRIBUTE, Job, Surroundings, Wrapped, trainable
 from lightning_sage.ops import Rows, positions
 from lightning_sage.packing import store
 from lightning_sage.replay import Kept, PackedForward, Replayer, keep_attention
-from lightning_sage.session import REPLAY_STREAM, BlockRecord, Facts
+from lightning_sage.session import REPLAY_STREAM, BlockRecord
 
 
 def sparse_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:

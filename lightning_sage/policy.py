@@ -46,7 +46,8 @@ class SagePolicy:
             changes the training forward.
         cache_dtype: How kept rows (and keys and values, with `attention="full"`) wait for the
             backward pass: `int8` or `fp8` (e4m3) with a scale for every head or 128 numbers,
-            `bf16`, or None for every bit. The forward stays exact; the replay starts from the rounded rows.
+            `bf16`, or None for every bit. The forward stays exact; the replay starts from the
+            rounded rows.
         blocks: Names or glob patterns (`*` is one part of a name) of the blocks, or a filter
             ``(module, name) -> bool``; None finds transformers' layers.
     """

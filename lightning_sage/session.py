@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_sage import ops
 from lightning_sage.arguments import ReplayError
+from lightning_sage.facts import Facts
 from lightning_sage.masks import visibility
 from lightning_sage.ops import Rows, Visibility
 from lightning_sage.policy import SagePolicy
@@ -61,40 +62,6 @@ class BlockRecord:
         weights = torch.zeros(self.kept.numel(), dtype=torch.float64, device=self.kept.device)
         weights[self.rows] = 1.0 if self.factors is None else self.factors.double()
         return weights.view(self.kept.shape)
-
-
-@dataclass
-class Facts:
-    """What a forward knows of its batch; the same for every block, so looked at once.
-
-    Attributes:
-        heard: The tensors that this was learned from.
-        valid: ``[B, T]`` bool, False on padding.
-        count: Valid tokens.
-        every: All tokens.
-        keys: By the tokens that a mask lets anyone see, these tokens as rows.
-        judged: By causality, query rows whose attention counts, priorities, and how many rows a
-            selection keeps whose count depends on nothing else.
-    """
-
-    heard: tuple[Any, ...]
-    valid: Tensor
-    count: int
-    every: Rows
-    keys: list[tuple[Tensor, Rows]] = field(default_factory=list)
-    judged: dict[bool, tuple[Rows, Tensor]] = field(default_factory=dict)
-    fixed: dict[bool, int] = field(default_factory=dict)
-
-    def key_rows(self, visible: Visibility) -> Rows:
-        """The tokens that are seen at all."""
-        if visible.keys is None:
-            return self.every
-        for known, rows in self.keys:
-            if known is visible.keys:
-                return rows
-        rows = Rows.of(visible.keys)
-        self.keys.append((visible.keys, rows))
-        return rows
 
 
 class Session:
@@ -170,15 +137,9 @@ class Session:
         mask, labels = self._heard("attention_mask"), self._heard("labels")
         heard = (B, T, hidden.device, mask, labels, self._said.get("owner"))
         for known in self._facts:
-            if all(
-                x is y or (not isinstance(x, Tensor) and x == y)
-                for x, y in zip(known.heard, heard, strict=True)
-            ):
+            if known.about(heard):
                 return known
-        valid = _valid(mask, hidden)
-        everything = not isinstance(mask, Tensor)
-        count = B * T if everything else int(valid.sum())
-        found = Facts(heard, valid, count, Rows.every(B, T, hidden.device))
+        found = Facts.of(heard, mask, hidden)
         # outside of any forward seen from above nobody would forget it again
         if self._inside:
             self._facts = [*self._facts[-3:], found]
@@ -281,17 +242,6 @@ class Session:
         if causal not in facts.fixed:
             facts.fixed[causal] = int(chosen.rows.sum())
         return Rows.of(chosen.rows, facts.fixed[causal])
-
-
-def _valid(mask: Any, hidden: Tensor) -> Tensor:
-    """``[B, T]`` bool, False on padding, as far as the batch tells."""
-    if isinstance(mask, Tensor) and mask.shape == hidden.shape[:2]:
-        mask = mask.to(hidden.device)
-        # additive: 0 where a token is, far below where none is
-        additive = mask.is_floating_point() and not bool((mask > 0).any())
-        valid: Tensor = mask == 0 if additive else mask != 0
-        return valid
-    return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
 
 
 def _refuse_requests(config: Any, kwargs: dict[str, Any]) -> None:

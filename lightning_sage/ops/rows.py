@@ -69,7 +69,7 @@ def _as_four(x: Tensor) -> tuple[Tensor, int]:
 
 
 def _block(C: int) -> int:
-    return min(8192, triton.next_power_of_2(C))
+    return int(min(8192, triton.next_power_of_2(C)))
 
 
 def _warps(block: int) -> int:

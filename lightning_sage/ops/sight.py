@@ -53,9 +53,10 @@ class Rows:
             chosen: The choice.
             count: See :func:`positions`.
         """
-        if count == chosen.numel():
-            return cls.every(*chosen.shape, device=chosen.device)
-        return cls(positions(chosen.flatten(), count), *chosen.shape)
+        B, T = chosen.shape
+        if count == B * T:
+            return cls.every(B, T, chosen.device)
+        return cls(positions(chosen.flatten(), count), B, T)
 
     @classmethod
     def every(cls, B: int, T: int, device: torch.device) -> Rows:
@@ -139,7 +140,9 @@ class Group(NamedTuple):
 
     def batched(self, x: Tensor, part: slice) -> Tensor:
         """Packed ``[N, H, D]`` to ``[B', H, Q, D]``."""
-        return x[part].unflatten(0, (self.samples.stop - self.samples.start, -1)).transpose(1, 2)
+        samples = self.samples.stop - self.samples.start
+        rows: Tensor = x[part].unflatten(0, (samples, -1))
+        return rows.transpose(1, 2)
 
 
 def packed(x: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def attention_backward(
         if q.shape[2] != v.shape[2] or not _agrees("cpu", q.dtype):
             return None
         # a mask held whole: not where it would outgrow the working memory by far
-        if not sight.own and len(sight.rows) * sight.keys.most > 16 * reference.CHUNK:
+        if not sight.own and len(sight.rows) * sight.keys.most > 16 * reference.attention.CHUNK:
             return None
         return _cpu_backward(grad, q, k, v, out, lse, sight, how.scale)
     if not _serves(q, v, sight, how):

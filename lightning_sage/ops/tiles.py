@@ -86,4 +86,4 @@ def precision(dtype: torch.dtype) -> str:
 
 def padded(width: int) -> int:
     """The width of a tile that holds `width` numbers a row."""
-    return max(16, triton.next_power_of_2(width))
+    return int(max(16, triton.next_power_of_2(width)))

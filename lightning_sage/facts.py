@@ -1,0 +1,77 @@
+"""What one forward knows of its batch, looked at once and the same for every block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_sage.ops import Rows, Visibility
+
+
+@dataclass
+class Facts:
+    """What a forward knows of its batch; the same for every block, so looked at once.
+
+    Attributes:
+        heard: The tensors that this was learned from.
+        valid: ``[B, T]`` bool, False on padding.
+        count: Valid tokens.
+        every: All tokens.
+        keys: By the tokens that a mask lets anyone see, these tokens as rows.
+        judged: By causality, query rows whose attention counts, priorities, and how many rows a
+            selection keeps whose count depends on nothing else.
+    """
+
+    heard: tuple[Any, ...]
+    valid: Tensor
+    count: int
+    every: Rows
+    keys: list[tuple[Tensor, Rows]] = field(default_factory=list)
+    judged: dict[bool, tuple[Rows, Tensor]] = field(default_factory=dict)
+    fixed: dict[bool, int] = field(default_factory=dict)
+
+    def key_rows(self, visible: Visibility) -> Rows:
+        """The tokens that are seen at all."""
+        if visible.keys is None:
+            return self.every
+        for known, rows in self.keys:
+            if known is visible.keys:
+                return rows
+        rows = Rows.of(visible.keys)
+        self.keys.append((visible.keys, rows))
+        return rows
+
+    @classmethod
+    def of(cls, heard: tuple[Any, ...], mask: Any, hidden: Tensor) -> Facts:
+        """Look at a batch; waits for the device where there is padding.
+
+        Args:
+            heard: What tells one batch from another.
+            mask: Its `attention_mask`, if it is a tensor.
+            hidden: Hidden states ``[B, T, C]``.
+        """
+        B, T, _ = hidden.shape
+        valid = _valid(mask, hidden)
+        count = int(valid.sum()) if isinstance(mask, Tensor) else B * T
+        return cls(heard, valid, count, Rows.every(B, T, hidden.device))
+
+    def about(self, heard: tuple[Any, ...]) -> bool:
+        """Whether these are the facts of what was heard: the same tensors, not equal ones."""
+        return all(
+            x is y or (not isinstance(x, Tensor) and x == y)
+            for x, y in zip(self.heard, heard, strict=True)
+        )
+
+
+def _valid(mask: Any, hidden: Tensor) -> Tensor:
+    """``[B, T]`` bool, False on padding, as far as the batch tells."""
+    if isinstance(mask, Tensor) and mask.shape == hidden.shape[:2]:
+        mask = mask.to(hidden.device)
+        # additive: 0 where a token is, far below where none is
+        additive = mask.is_floating_point() and not bool((mask > 0).any())
+        valid: Tensor = mask == 0 if additive else mask != 0
+        return valid
+    return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
