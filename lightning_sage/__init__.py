@@ -7,9 +7,9 @@ from lightning_sage.install import install as install
 from lightning_sage.install import uninstall as uninstall
 from lightning_sage.metrics import SageUsage as SageUsage
 from lightning_sage.policy import SagePolicy as SagePolicy
+from lightning_sage.sampling import ImportanceSampling as ImportanceSampling
 from lightning_sage.selections import AllTokens as AllTokens
 from lightning_sage.selections import GradientMass as GradientMass
-from lightning_sage.selections import ImportanceSampling as ImportanceSampling
 from lightning_sage.selections import RandomTokens as RandomTokens
 from lightning_sage.selections import Selection as Selection
 from lightning_sage.selections import TopFraction as TopFraction

@@ -12,7 +12,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from lightning_sage.selections import ImportanceSampling, Selection, TopFraction, TopMass
+from lightning_sage.sampling import ImportanceSampling
+from lightning_sage.selections import Selection, TopFraction, TopMass
 
 BlockFilter = Callable[[nn.Module, str], bool]
 Keep = Selection | float

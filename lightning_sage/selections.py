@@ -22,7 +22,12 @@ class Chosen(NamedTuple):
     probability: Tensor | None = None
 
 
-def _fraction(name: str, value: float) -> float:
+def checked_fraction(name: str, value: float) -> float:
+    """`value`, if it is a share of the tokens.
+
+    Raises:
+        ValueError: It is not.
+    """
     if not 0 < value <= 1:
         raise ValueError(f"{name} must lie in (0, 1], got {value}; 1 means every valid token")
     return float(value)
@@ -83,7 +88,7 @@ class Selection:
         return hash((type(self), *vars(self).items()))
 
 
-def _share(fraction: float, tokens: int) -> int:
+def share(fraction: float, tokens: int) -> int:
     """`fraction` of the tokens, rounded up; 0.1 of 30 is 3, whatever a float makes of it."""
     return math.ceil(round(fraction * tokens, 6))
 
@@ -120,7 +125,7 @@ class TopFraction(Selection):
     fixed = True
 
     def __init__(self, fraction: float) -> None:
-        self.fraction = _fraction("fraction", fraction)
+        self.fraction = checked_fraction("fraction", fraction)
 
     def keep(self, scores: Tensor, valid: Tensor, priority: Tensor, noise: Tensor) -> Chosen:
         """See :func:`Selection.keep`."""
@@ -134,7 +139,7 @@ class TopFraction(Selection):
 
     def replay_count(self, kept: int, valid: int) -> int:
         """See :func:`Selection.replay_count`."""
-        return min(kept, _share(self.fraction, valid))
+        return min(kept, share(self.fraction, valid))
 
 
 class TopMass(Selection):
@@ -149,12 +154,12 @@ class TopMass(Selection):
     def __init__(
         self, mass: float = 0.8, min_tokens: int = 8, max_fraction: float | None = None
     ) -> None:
-        self.mass = _fraction("mass", mass)
+        self.mass = checked_fraction("mass", mass)
         if min_tokens < 1:
             raise ValueError(f"min_tokens must be at least 1, got {min_tokens}")
         self.min_tokens = min_tokens
         self.max_fraction = (
-            None if max_fraction is None else _fraction("max_fraction", max_fraction)
+            None if max_fraction is None else checked_fraction("max_fraction", max_fraction)
         )
 
     def keep(self, scores: Tensor, valid: Tensor, priority: Tensor, noise: Tensor) -> Chosen:
@@ -178,7 +183,7 @@ class RandomTokens(Selection):
     fixed = True
 
     def __init__(self, fraction: float) -> None:
-        self.fraction = _fraction("fraction", fraction)
+        self.fraction = checked_fraction("fraction", fraction)
 
     def keep(self, scores: Tensor, valid: Tensor, priority: Tensor, noise: Tensor) -> Chosen:
         """See :func:`Selection.keep`."""
@@ -210,9 +215,9 @@ class GradientMass(Selection):
     saliency_in_replay = True
 
     def __init__(self, mass: float = 0.95, max_fraction: float | None = None) -> None:
-        self.mass = _fraction("mass", mass)
+        self.mass = checked_fraction("mass", mass)
         self.max_fraction = (
-            None if max_fraction is None else _fraction("max_fraction", max_fraction)
+            None if max_fraction is None else checked_fraction("max_fraction", max_fraction)
         )
 
     def replay(self, norms: Tensor, saliency: Tensor | None, valid: int, noise: Tensor) -> Chosen:
@@ -221,69 +226,8 @@ class GradientMass(Selection):
         finite = scores.isfinite()
         count = _mass_count(scores.where(finite, 0.0), self.mass) + (~finite).sum()
         if self.max_fraction is not None:
-            count = count.clamp(max=_share(self.max_fraction, valid))
+            count = count.clamp(max=share(self.max_fraction, valid))
         return Chosen(_top(scores, count))
-
-
-class ImportanceSampling(Selection):
-    """Rows drawn with known probability and reweighted by its inverse: unbiased, where Top* is not.
-
-    With w the score (saliency for `keep`, incoming gradient norm for `replay`) over its mean plus
-    `uniform`, a row is in with probability ``p = min(1, c w)``, c such that p sums to `fraction` of
-    the batch's valid tokens. Sampling is systematic: heavy rows are certain, light ones share the
-    rest.
-    The branch gradient of a drawn row is multiplied by 1/p.
-
-    Args:
-        fraction: Share of the batch's valid tokens to draw, in (0, 1].
-        uniform: Floor of the weights, in units of their mean; bounds 1/p for rows of no weight.
-    """
-
-    random = True
-
-    def __init__(self, fraction: float, uniform: float = 0.1) -> None:
-        self.fraction = _fraction("fraction", fraction)
-        if not uniform > 0:
-            raise ValueError(f"uniform must be positive, got {uniform}: rows of no weight need it")
-        self.uniform = float(uniform)
-
-    def keep(self, scores: Tensor, valid: Tensor, priority: Tensor, noise: Tensor) -> Chosen:
-        """See :func:`Selection.keep`; the budget is the batch's, not each sample's.
-
-        Rows of a priority are certain, so far as they leave half of the budget to be drawn: else
-        the other rows would never be in, or with a weight beyond all bounds.
-        """
-        budget = (valid.sum() * self.fraction).ceil()
-        certain = torch.zeros_like(valid)
-        for rows in (priority >= 2, priority > 0):
-            certain = torch.where(rows.sum() <= budget / 2, rows, certain)
-        mean = scores.sum() / valid.sum().clamp(min=1)
-        weights = scores / mean.clamp(min=1e-300) + self.uniform
-        weights = weights.masked_fill(~valid | certain, 0.0)
-        probability = _inclusion(weights.flatten(), budget - certain.sum()).view_as(weights)
-        probability = torch.where(certain, 1.0, probability)
-        return self._draw(probability, noise)
-
-    def replay(self, norms: Tensor, saliency: Tensor | None, valid: int, noise: Tensor) -> Chosen:
-        """See :func:`Selection.replay`."""
-        finite = norms.isfinite()
-        own = norms.where(finite, 0.0)
-        weights = own / own.mean().clamp(min=1e-300) + self.uniform
-        # filled on the device: a copy to it would be waited for
-        budget = own.new_full((), _share(self.fraction, valid))
-        probability = _inclusion(weights, budget)
-        return self._draw(probability.where(finite, 1.0), noise)
-
-    def replay_count(self, kept: int, valid: int) -> int | None:
-        """See :func:`Selection.replay_count`."""
-        return kept if kept <= _share(self.fraction, valid) else None
-
-    def _draw(self, probability: Tensor, noise: Tensor) -> Chosen:
-        ends = probability.flatten().cumsum(0) + noise.flatten()[:1]
-        starts = ends - probability.flatten()
-        # rounding may hide the step of a certain row
-        drawn = (ends.floor() > starts.floor()).view_as(probability) | (probability >= 1)
-        return Chosen(drawn & (probability > 0), probability)
 
 
 def _mass_count(scores: Tensor, mass: float) -> Tensor:
@@ -299,16 +243,3 @@ def _gradient_scores(norms: Tensor, saliency: Tensor | None) -> Tensor:
     scores = norms / norms.where(finite, 0.0).sum().clamp(min=1e-300)
     scores = scores.where(finite, float("inf"))
     return scores if saliency is None else scores + saliency / saliency.sum().clamp(min=1e-300)
-
-
-def _inclusion(weights: Tensor, budget: Tensor) -> Tensor:
-    """``min(1, c * weights)`` summing to `budget`: tries every number of certain rows at once."""
-    ordered = weights.sort(descending=True).values
-    rest = ordered.flip(0).cumsum(0).flip(0)
-    certain = torch.arange(len(weights), device=weights.device)
-    scale = (budget - certain).clamp(min=0) / rest.clamp(min=1e-300)
-    # the first count at which the largest remaining row need not be certain
-    fits = scale * ordered <= 1
-    scale = scale[fits.long().argmax()] if len(weights) else scale.sum()
-    probability = (weights * scale).clamp(max=1)
-    return torch.where(budget >= (weights > 0).sum(), (weights > 0).to(weights), probability)

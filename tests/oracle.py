@@ -106,10 +106,9 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _sdpa(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
-        assert dropout_p == 0, "attention dropout is not part of the oracle"
         if is_causal:
             attn_mask = q.new_ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
-        return self.attend(q, k, v, attn_mask, scale)
+        return self.attend(q, k, v, attn_mask, scale, dropout=dropout_p)
 
     def _dropout(self, x, p=0.5, training=True, inplace=False):
         if not training or p == 0:
@@ -123,7 +122,18 @@ class _Watch(TorchFunctionMode):
         self.dropouts += 1
         return x * kept.view(x.shape).to(x.dtype) / (1 - p)
 
-    def attend(self, q, k, v, mask, scale, softcap=None):
+    def _dropped(self, weights, p):
+        """Attention weights [B, H, T, T], each dropped by its sample, head, query and key."""
+        if p == 0 or self.rows is None:
+            return weights
+        from lightning_sage.ops.reference import dropout_mask
+
+        index = torch.arange(weights.shape[:3].numel(), device=weights.device)
+        kept = dropout_mask(self.rows.seed, self.dropouts, index, weights.shape[3], p)
+        self.dropouts += 1
+        return weights * kept.view(weights.shape) / (1 - p)
+
+    def attend(self, q, k, v, mask, scale, softcap=None, dropout=0.0):
         """Softmax attention of q [B, H, T, D] over k, v [B, G, T, D], constant outside the rows."""
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         inside = None
@@ -137,7 +147,7 @@ class _Watch(TorchFunctionMode):
             logits = softcap * torch.tanh(logits / softcap)
         if inside is not None and self.attention == "salient":
             logits = frozen_outside(logits, inside.transpose(-1, -2))
-        return _softmax(logits, mask).to(v.dtype) @ v
+        return self._dropped(_softmax(logits, mask), dropout).to(v.dtype) @ v
 
 
 def _softmax(logits, mask):
@@ -159,11 +169,10 @@ def _transformers_attention(watch):
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def attend(module, q, k, v, mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
-        assert dropout == 0, "attention dropout is not part of the oracle"
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if mask is None and causal:
             mask = q.new_ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
-        y = watch.attend(q, k, v, mask, scaling, kwargs.get("softcap"))
+        y = watch.attend(q, k, v, mask, scaling, kwargs.get("softcap"), dropout)
         return y.transpose(1, 2).contiguous(), None
 
     ALL_ATTENTION_FUNCTIONS.get_interface = lambda *_args, **_kwargs: attend

@@ -489,12 +489,6 @@ class Noisy(Rowwise):
         return super().forward(x) + 0.1 * torch.rand_like(x)
 
 
-class AttentionDropout(Rowwise):
-    def forward(self, x):
-        q = x[:, None]
-        return super().forward(x) + F.scaled_dot_product_attention(q, q, q, dropout_p=0.1)[:, 0]
-
-
 class LearnedBias(Rowwise):
     def __init__(self):
         super().__init__()
@@ -533,7 +527,6 @@ class TwoTensors(Rowwise):
         (Neighbourly, "another output than the forward"),
         (HiddenAttention, "no attention call was seen"),
         (Noisy, "draws random numbers .rand_like."),
-        (AttentionDropout, "attention dropout 0.1 cannot be replayed.*set it to 0"),
         (LearnedBias, "mask requires grad.*freeze it"),
         (CrossAttention, "not self-attention"),
         (SpatialDropout, "does not run along the tokens"),

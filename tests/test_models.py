@@ -151,6 +151,9 @@ def test_replayed_rows_match_oracle(name, mode, fields):
         *((name, {"dropout": 0.1}) for name, case in zoo.MODELS.items() if case.dropout),
         *((name, {"lora": True, "lora_dropout": 0.05}) for name in ("llama", "gemma3", "gpt2")),
         ("gpt_neox", {"lora": True, "lora_dropout": 0.05, "dropout": 0.1}),
+        *((name, {"attention_dropout": 0.2}) for name in zoo.MODELS),
+        ("gpt2", {"dropout": 0.1, "attention_dropout": 0.2}),
+        ("bert", {"dropout": 0.1, "attention_dropout": 0.2}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )

@@ -14,7 +14,7 @@ from lightning_sage import (
     TopFraction,
     TopMass,
 )
-from lightning_sage.selections import _inclusion
+from lightning_sage.sampling import _inclusion
 
 B, T = 3, 20
 

@@ -72,6 +72,7 @@ class Case:
     head: str = "causal"
     config: dict = field(default_factory=lambda: _LLAMA)
     dropout: str | None = None  # the config field that is residual dropout
+    attention_dropout: str | None = "attention_dropout"
     paddings: tuple = ("right", "left", None)
 
 
@@ -95,14 +96,26 @@ MODELS = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
-    "gpt2": Case("gpt2", config=_GPT2, dropout="resid_pdrop"),
+    "gpt2": Case("gpt2", config=_GPT2, dropout="resid_pdrop", attention_dropout="attn_pdrop"),
     "gpt_neox": Case("gpt_neox", config=_ENCODER, dropout="hidden_dropout"),
     "opt": Case("opt", config=_OPT, dropout="dropout"),
-    "bert": Case("bert", "masked", _BERT, dropout="hidden_dropout_prob"),
+    "bert": Case(
+        "bert",
+        "masked",
+        _BERT,
+        dropout="hidden_dropout_prob",
+        attention_dropout="attention_probs_dropout_prob",
+    ),
     "modernbert": Case("modernbert", "masked", _MODERNBERT, dropout="mlp_dropout"),
     "llama-classes": Case("llama", "classes"),
     # reads its first position, which left padding would make padding
-    "bert-classes": Case("bert", "classes", _BERT, paddings=("right", None)),
+    "bert-classes": Case(
+        "bert",
+        "classes",
+        _BERT,
+        attention_dropout="attention_probs_dropout_prob",
+        paddings=("right", None),
+    ),
     "modernbert-classes": Case("modernbert", "classes", _MODERNBERT),
     "plain": Case("plain", dropout="dropout", paddings=(None,)),
 }
@@ -136,9 +149,10 @@ def exactly(name):
 class PlainBlock(nn.Module):
     """A causal transformer block as one writes it oneself, in ten lines."""
 
-    def __init__(self, width=32, heads=4, dropout=0.0):
+    def __init__(self, width=32, heads=4, dropout=0.0, attention_dropout=0.0):
         super().__init__()
         self.heads, self.dropout = heads, nn.Dropout(dropout)
+        self.attention_dropout = attention_dropout
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
@@ -146,7 +160,8 @@ class PlainBlock(nn.Module):
     def forward(self, x):
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        p = self.attention_dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
         x = x + self.dropout(self.out(y.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
 
@@ -154,10 +169,10 @@ class PlainBlock(nn.Module):
 class PlainModel(nn.Module):
     """A language model of :class:`PlainBlock` that knows nothing of transformers."""
 
-    def __init__(self, blocks=2, dropout=0.0):
+    def __init__(self, blocks=2, **options):
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, 32)
-        self.blocks = nn.ModuleList(PlainBlock(dropout=dropout) for _ in range(blocks))
+        self.blocks = nn.ModuleList(PlainBlock(**options) for _ in range(blocks))
         self.head = nn.Linear(32, VOCABULARY)
 
     def get_input_embeddings(self):
@@ -174,17 +189,22 @@ class PlainModel(nn.Module):
         return SimpleNamespace(loss=loss, logits=logits)
 
 
-def build(name, *, lora=False, lora_dropout=0.0, dropout=0.0, dtype=torch.float64):
+def build(
+    name, *, lora=False, lora_dropout=0.0, dropout=0.0, attention_dropout=0.0, dtype=torch.float64
+):
     """A fresh copy of a model of `MODELS` in training mode, every parameter made to matter."""
-    return copy.deepcopy(_built(name, lora, lora_dropout, dropout)).to(dtype)
+    return copy.deepcopy(_built(name, lora, lora_dropout, dropout, attention_dropout)).to(dtype)
 
 
 @functools.cache
-def _built(name, lora, lora_dropout, dropout):
+def _built(name, lora, lora_dropout, dropout, attention_dropout):
     case = MODELS[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = PlainModel(dropout=dropout) if name == "plain" else _pretrained(case, dropout)
+        if name == "plain":
+            model = PlainModel(dropout=dropout, attention_dropout=attention_dropout)
+        else:
+            model = _pretrained(case, dropout, attention_dropout)
         if lora:
             model = _with_lora(model, case, lora_dropout)
         # initial zeros (biases, scales) and flat attention would hide mistakes
@@ -193,10 +213,11 @@ def _built(name, lora, lora_dropout, dropout):
     return model.double().train()
 
 
-def _pretrained(case, dropout):
+def _pretrained(case, dropout, attention_dropout):
     import transformers
 
-    fields = case.config | ({case.dropout: dropout} if case.dropout else {})
+    fields = case.config | {case.attention_dropout: attention_dropout}
+    fields |= {case.dropout: dropout} if case.dropout else {}
     config = transformers.AutoConfig.for_model(case.model_type, **fields)
     if case.head == "classes":
         config.num_labels = CLASSES
