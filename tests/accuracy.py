@@ -1,6 +1,7 @@
 """The judges: how far a result is from another, and what is held for a backward pass."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def assert_as_accurate(kernel, eager, exact, factor=2.0, floor=1e-6):
@@ -14,6 +15,25 @@ def relative_error(actual, expected):
     """Largest difference, relative to the largest entry of `expected`."""
     difference = (actual.double() - expected.double()).abs().max()
     return (difference / expected.double().abs().max().clamp_min(1e-300)).item()
+
+
+def sqnr_db(actual, expected):
+    """Signal to quantisation noise: what is meant, over what differs from it, in decibels."""
+    noise = (actual.double() - expected.double()).norm()
+    return (20 * torch.log10(expected.double().norm() / noise)).item()
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that anything inside makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.itemsize)
+        return out
 
 
 def cosine(actual, expected):
