@@ -195,16 +195,16 @@ class Sight:
         return x[self.rows.sample if x.shape[0] > 1 else 0, self.rows.token]
 
     def groups(self) -> Iterator[Group]:
-        """Samples with equal counts together, else one by one; those without queries left out."""
+        """Samples with equal counts together, else one by one; only those with queries and keys."""
         queries, keys = self.rows.counts, self.keys.counts
         B = self.rows.B
         if len(set(queries)) == 1 and len(set(keys)) == 1:
-            if queries[0]:
+            if queries[0] and keys[0]:
                 yield Group(slice(0, len(self.rows)), slice(0, len(self.keys)), slice(0, B))
             return
         start, key_start = 0, 0
         for b, (count, key_count) in enumerate(zip(queries, keys, strict=True)):
-            if count:
+            if count and key_count:
                 part, key_part = (
                     slice(start, start + count),
                     slice(key_start, key_start + key_count),

@@ -126,7 +126,8 @@ def _cpu_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    lse = lse.to(_lse_dtype(q.dtype))
+    # a row that sees nothing: -inf less -inf would be NaN
+    lse = lse.to(_lse_dtype(q.dtype)).masked_fill(lse == float("-inf"), 0.0)
     for group in sight.groups():
         g, a, o, m = (group.batched(x, group.queries) for x in (grad, q, out, lse[..., None]))
         b, c = (group.batched(x, group.keys) for x in (k, v))
