@@ -40,7 +40,7 @@ def _dropout_kernel(
     value = tl.load(x + wide * x_row + c[None, :], mask=inside, other=0.0).to(WIDE)
     keep = kept(row[:, None], c[None, :], key, threshold)
     # multiplied, not selected: a dropped infinity is a NaN in eager PyTorch too
-    value = (value * tl.where(keep, factor, 0.0)).to(out.dtype.element_ty)
+    value = (value * factor * keep.to(WIDE)).to(out.dtype.element_ty)
     tl.store(out + wide * C + c[None, :], value, mask=inside)
 
 

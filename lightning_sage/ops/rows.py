@@ -177,7 +177,9 @@ def _pack_kernel(
     broken = tl.max(tl.where(own - own == 0, 0, 1), axis=1)
     largest = tl.max(tl.abs(own), axis=1)
     step = tl.where(broken > 0, float("nan"), tl.div_rn(largest, LARGEST))
-    inverse = tl.where(step > 1e-37, tl.div_rn(1.0, step), 0.0)
+    # of a denormal the inverse would overflow: such a group is zeros
+    usable = step > 1e-37
+    inverse = tl.where(usable, tl.div_rn(1.0, tl.where(usable, step, 1.0)), 0.0)
     shrunk = tl.where((broken > 0)[:, None], 0.0, own * inverse[:, None])
     if INTEGER:
         shrunk = _round(shrunk)
