@@ -206,7 +206,8 @@ def attention(q, k, v, sight, how, inside=None, exact_queries=False):
     blind = (lse == -torch.inf)[..., None]
     weights = logits.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
     if how.dropout is not None:
-        weights = weights * kept_weights(sight, how, q.shape[1]) / (1 - how.dropout.p)
+        weights = weights * kept_weights(sight, how, q.shape[1])
+        weights = weights / max(1 - how.dropout.p, 1e-30)
     out = weights @ v.repeat_interleave(R, 1).transpose(0, 1)
     return out.transpose(0, 1), lse.t()
 
@@ -229,7 +230,7 @@ class Eager:
     def _dropped(x, sight, how):
         if how.dropout is None:
             return x
-        return x * kept_weights(sight, how, len(x)) / (1 - how.dropout.p)
+        return x * kept_weights(sight, how, len(x)) / max(1 - how.dropout.p, 1e-30)
 
     @staticmethod
     def _shared(x, G):

@@ -60,7 +60,7 @@ def row_dropout(x: Tensor, rows: Tensor, seed: int, call: int, p: float) -> Tens
     together = max(1, 2048 // block)
     _dropout_kernel[triton.cdiv(N, together), triton.cdiv(C, block)](
         x,
-        rows,
+        rows.contiguous(),
         out,
         stream_key(seed, call),
         dropout_threshold(p),

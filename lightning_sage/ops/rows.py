@@ -37,8 +37,8 @@ def gather_rows(x: Tensor, rows: Tensor, weights: Tensor | None = None) -> Tenso
     strides = source.stride()
     _gather_kernel[len(rows), triton.cdiv(C, block)](
         source,
-        rows,
-        rows if weights is None else weights,
+        rows.contiguous(),
+        rows if weights is None else weights.contiguous(),
         out,
         x.shape[1],
         *strides[:3],
@@ -103,7 +103,7 @@ def scatter_rows(
     B, T = base.shape[:2]
     flat = base.flatten(2) if base.dim() > 3 else base.reshape(B, T, -1)
     flat = flat if flat.stride(2) == 1 else flat.contiguous()
-    values = values.reshape(len(rows), -1).contiguous()
+    values = values.reshape(len(rows), flat.shape[2]).contiguous()
     out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
     if out.numel() == 0:
         return out
@@ -114,7 +114,7 @@ def scatter_rows(
     _scatter_kernel[B * T, triton.cdiv(C, block)](
         values,
         place,
-        place if weights is None else weights,
+        place if weights is None else weights.contiguous(),
         flat,
         out,
         T,
@@ -149,7 +149,7 @@ def row_norms(x: Tensor, rows: Tensor) -> Tensor:
     if len(rows):
         block = min(4096, triton.next_power_of_2(x.shape[2]))
         _norms_kernel[(len(rows),)](
-            x, rows, out, x.shape[1], *x.stride()[:2], x.shape[2], BLOCK=block,
+            x, rows.contiguous(), out, x.shape[1], *x.stride()[:2], x.shape[2], BLOCK=block,
             num_warps=_warps(block),
         )  # fmt: skip
     return out
@@ -200,7 +200,7 @@ def pack_rows(x: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
     groups = max(1, min(triton.next_power_of_2(K), 8192 // block))
     _pack_kernel[len(rows), triton.cdiv(K, groups)](
         x,
-        rows,
+        rows.contiguous(),
         values,
         scale,
         x.shape[1],
@@ -237,9 +237,9 @@ def unpack_rows(values: Tensor, scale: Tensor, chosen: Tensor | None, dtype: tor
         return out
     block = _block(K * D)
     _unpack_kernel[count, triton.cdiv(K * D, block)](
-        values,
-        scale,
-        scale if chosen is None else chosen,
+        values.contiguous(),
+        scale.contiguous(),
+        scale if chosen is None else chosen.contiguous(),
         out,
         K,
         K * D,

@@ -74,7 +74,7 @@ def attention_received(
         q,
         k,
         lse.contiguous(),
-        weights,
+        weights.contiguous(),
         out,
         first,
         stop,
