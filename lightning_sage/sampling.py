@@ -23,6 +23,7 @@ class ImportanceSampling(Selection):
     """
 
     random = True
+    fixed = True
 
     def __init__(self, fraction: float, uniform: float = 0.1) -> None:
         self.fraction = checked_fraction("fraction", fraction)
@@ -45,7 +46,7 @@ class ImportanceSampling(Selection):
         weights = weights.masked_fill(~valid | certain, 0.0)
         probability = _inclusion(weights.flatten(), budget - certain.sum()).view_as(weights)
         probability = torch.where(certain, 1.0, probability)
-        return self._draw(probability, noise)
+        return _draw(probability, noise, budget)
 
     def replay(self, norms: Tensor, saliency: Tensor | None, valid: int, noise: Tensor) -> Chosen:
         """See :func:`Selection.replay`."""
@@ -54,19 +55,35 @@ class ImportanceSampling(Selection):
         weights = own / own.mean().clamp(min=1e-300) + self.uniform
         # filled on the device: a copy to it would be waited for
         budget = own.new_full((), share(self.fraction, valid))
-        probability = _inclusion(weights, budget)
-        return self._draw(probability.where(finite, 1.0), noise)
+        return _draw(_inclusion(weights.where(finite, 1e30), budget), noise, budget)
 
-    def replay_count(self, kept: int, valid: int) -> int | None:
+    def replay_count(self, kept: int, valid: int) -> int:
         """See :func:`Selection.replay_count`."""
-        return kept if kept <= share(self.fraction, valid) else None
+        return min(kept, share(self.fraction, valid))
 
-    def _draw(self, probability: Tensor, noise: Tensor) -> Chosen:
-        ends = probability.flatten().cumsum(0) + noise.flatten()[:1]
-        starts = ends - probability.flatten()
-        # rounding may hide the step of a certain row
-        drawn = (ends.floor() > starts.floor()).view_as(probability) | (probability >= 1)
-        return Chosen(drawn & (probability > 0), probability)
+
+def _draw(probability: Tensor, noise: Tensor, budget: Tensor) -> Chosen:
+    """Systematic sampling: exactly `budget` rows, or all of those that have a probability.
+
+    Points at distance 1 along the summed probabilities choose the rows they fall on. Certain rows
+    come first, where sums are exact; of the others none is long enough for two points.
+
+    Args:
+        probability: Any shape, summing to `budget`, or all ones and zeros where that is more.
+        noise: The shape of `probability`; its first number is used.
+        budget: Whole number, on the device.
+    """
+    flat = torch.where(probability >= 1 - 1e-9, 1.0, probability).flatten()
+    order = ((flat > 0).long() + (flat < 1).long() * (flat > 0)).argsort(stable=True)
+    ends = flat[order].cumsum(0)
+    point = torch.arange(len(flat), device=flat.device)
+    # rounding may leave the last point behind the last end
+    at = torch.searchsorted(ends, point + noise.flatten()[:1], right=True).clamp(max=len(flat) - 1)
+    # points beyond the budget choose a row behind the last
+    rows = torch.where(point < budget, order[at], len(flat))
+    chosen = flat.new_zeros(len(flat) + 1, dtype=torch.bool).index_fill(0, rows, True)[:-1]
+    chosen = (chosen & (flat > 0)).view_as(probability)
+    return Chosen(chosen, flat.view_as(probability))
 
 
 def _inclusion(weights: Tensor, budget: Tensor) -> Tensor:
@@ -77,6 +94,7 @@ def _inclusion(weights: Tensor, budget: Tensor) -> Tensor:
     scale = (budget - certain).clamp(min=0) / rest.clamp(min=1e-300)
     # the first count at which the largest remaining row need not be certain
     fits = scale * ordered <= 1
-    scale = scale[fits.long().argmax()] if len(weights) else scale.sum()
+    # gathered: indexing by a number would wait for it
+    scale = scale.gather(0, fits.long().argmax(0, keepdim=True)) if len(weights) else scale
     probability = (weights * scale).clamp(max=1)
     return torch.where(budget >= (weights > 0).sum(), (weights > 0).to(weights), probability)

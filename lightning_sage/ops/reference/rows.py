@@ -126,10 +126,6 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 16) & 0xFFFF)
 
 
-def _int32(x: int) -> int:
-    return (x + 0x80000000) % 0x100000000 - 0x80000000
-
-
 def uniform(seed: int, stream: int, rows: Tensor) -> Tensor:
     """A random number per row that depends on nothing but its arguments.
 
@@ -146,8 +142,12 @@ def uniform(seed: int, stream: int, rows: Tensor) -> Tensor:
 
 
 def stream_key(seed: int, stream: int) -> int:
-    """The 32 bits, signed, that a seed and a stream come down to."""
-    return int(_mix(torch.tensor(_int32(seed + 0x9E3779B9 * (stream + 1)), dtype=torch.int32)))
+    """The 32 bits, signed, that a seed and a stream come down to, by the same hash."""
+    x = (seed + 0x9E3779B9 * (stream + 1)) & 0xFFFFFFFF
+    x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
+    x = (x ^ x >> 15) * 0x846CA68B & 0xFFFFFFFF
+    # as the same bits of an int32
+    return ((x ^ x >> 16) + 0x80000000) % 0x100000000 - 0x80000000
 
 
 def row_bits(seed: int, stream: int, rows: Tensor) -> Tensor:
