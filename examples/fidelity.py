@@ -4,9 +4,11 @@ On the quickstart's pre-trained model and the standard library's text; pre-train
 that has not been done. Prints two tables and appends one line of JSON a row:
 
     python examples/fidelity.py
+    python examples/fidelity.py gradients    # the first table alone
 """
 
 import copy
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -72,6 +74,11 @@ def cosines(model: nn.Module, batches: int = 8) -> Iterator[dict[str, Any]]:
     for loss, policy in (
         ("last-quarter", SagePolicy(keep=0.25, replay=None)),
         ("last-quarter", SagePolicy(keep=0.25, replay=None, attention="full")),
+        ("last-quarter", SagePolicy(keep=0.25, replay=None, cache_dtype="int8")),
+        ("last-quarter", SagePolicy(keep=0.25, replay=None, cache_dtype="fp8")),
+        ("last-quarter", SagePolicy(keep=0.25, replay=None, attention="full", cache_dtype="int8")),
+        ("last-quarter", SagePolicy(keep=everything, replay=None, cache_dtype="int8")),
+        ("last-quarter", SagePolicy(keep=everything, replay=None, cache_dtype="fp8")),
         ("last-quarter", SagePolicy(keep=everything, replay=0.25)),
         ("last-quarter", SagePolicy(keep=everything, replay=0.25, attention="full")),
         ("last-quarter", SagePolicy()),
@@ -90,10 +97,11 @@ def cosines(model: nn.Module, batches: int = 8) -> Iterator[dict[str, Any]]:
                 replayed += [r.replayed.float().mean().item() for r in installed.records]
             found.append(torch.cosine_similarity(sparse, dense, dim=0).item())
             norms.append((sparse.norm() / dense.norm()).item())
+        held = "" if policy.cache_dtype is None else f", {policy.cache_dtype}"
         yield {
             "experiment": "cosine",
             "loss": loss,
-            "policy": f"keep={policy.keep!r}, replay={policy.replay!r}, {policy.attention}",
+            "policy": f"keep={policy.keep!r}, replay={policy.replay!r}, {policy.attention}{held}",
             "cosine": sum(found) / len(found),
             "worst_cosine": min(found),
             "norm_ratio": sum(norms) / len(norms),
@@ -205,7 +213,9 @@ def main() -> None:
     base = AutoModelForCausalLM.from_pretrained(folder).train()
     parameters = sum(p.numel() for p in base.parameters())
     about = {"parameters": parameters, "batch": BATCH, "length": LENGTH} | circumstances("cpu")
-    for title, experiment in (("Gradients", cosines), ("Training", gains)):
+    experiments = {"gradients": ("Gradients", cosines), "training": ("Training", gains)}
+    for name in sys.argv[1:] or experiments:
+        title, experiment = experiments[name]
         rows = list(experiment(base))
         write([row | about for row in rows], RESULTS / "fidelity.jsonl")
         show(console, title, rows)
