@@ -259,10 +259,32 @@ def test_a_loss_of_ones_own_is_refused_by_name():
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match=r"BartForCausalLM.*calls no loss_function"):
         check_chunked_loss(model, make_batch())
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda logits, labels, vocab_size: logits.pow(2).mean(),
+        # a mean over rows without a label too
+        lambda logits, labels, vocab_size: (
+            F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum") / (labels.numel() - 1)
+        ),
+    ],
+    ids=["other", "over-all-rows"],
+)
+def test_another_loss_is_refused_by_name(loss):
     model = make_model("llama")
-    model.loss_function = lambda logits, labels, vocab_size, **_: logits.float().pow(2).mean()
+    model.loss_function = loss
     with pytest.raises(ValueError, match=r"LlamaForCausalLM.*where the model says"):
         check_chunked_loss(model, make_batch())
+
+
+def test_a_head_with_dropout_is_checked_without_it():
+    head = LoraConfig(r=4, target_modules=["lm_head"], lora_dropout=0.5, init_lora_weights=False)
+    model = get_peft_model(make_model("llama"), head)
+    dropout = model.get_output_embeddings().lora_dropout["default"]
+    check_chunked_loss(model, make_batch())
+    assert dropout.training
 
 
 def test_what_has_no_output_layer_or_no_labels_is_refused_by_name():
