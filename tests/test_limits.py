@@ -166,7 +166,9 @@ def test_a_try_is_a_training_step_that_survives_lack_of_memory(limits, monkeypat
 
 def test_prints_a_line_for_each_method_and_a_table(limits, monkeypatch, capsys, tmp_path):
     """The whole script, on a machine whose memory ends at some number of tokens."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked = iter([True])
+    # once: torch asks too
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: next(asked, False))
     total = SimpleNamespace(total_memory=96 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: total)
     fractions = []
