@@ -2,17 +2,27 @@
 
 One run gives one line of JSON; a suite measures methods side by side and prints a table too:
 
-    python examples/measure.py --shape small-cpu --body true --method sage --policy.keep 0.25
+    python examples/measure.py --shape small-cpu --head none --method sage --policy.keep 0.25
     python examples/measure.py --suite cpu
+
+The GPU suite is done in parts, each within eight minutes on one H100 (80 GiB; dense training of
+the 8B shape may want an H200):
+
+    python examples/measure.py --suite gpu --only 3b-16x256,3b-4x2048,8b-2x4096
+    python examples/measure.py --suite gpu --only 8b-1x32768
+    python examples/measure.py --suite gpu --only 3b-4x2048-chunked,1b-4x2048-rank0
 
 A step is forward and backward: the optimizer's part is the same for every method. Weights are
 random and made on the device; nothing is downloaded. Random weights attend almost evenly, so
 TopMass keeps far more tokens here than in a trained model; fractions do not depend on that.
+`saved_mib` counts what autograd holds after the forward pass, on any device; `activation_mib` is
+CUDA's own account (see `Contender` in step.py).
 """
 
 import gc
 import json
 import math
+import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -25,12 +35,15 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import auto_cli
-from race import Contender, Setting, race
+from race import race
+from step import Contender, Setting
 
 from lightning_sage import AllTokens, SagePolicy
 from lightning_sage.report import table
 
 RESULTS = Path(__file__).parent / "results"
+# settings of CUDA's allocator; the second is the older name of the first
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 PACKAGES = ("lightning-sage", "torch", "transformers", "peft", "triton")
 
 
@@ -39,12 +52,14 @@ class Command(Setting):
     """What is measured, and what becomes of it.
 
     Args:
-        suite: Measure a standard set instead; of the other options only `device`, `seed`, `warmup`
-            and `steps` count then.
+        suite: Measure a standard set instead; of the other options only `only`, `device`, `seed`,
+            `warmup` and `steps` count then.
+        only: Names of the suite's conditions to measure, with commas between; all by default.
         out: File to append the JSON lines to; a suite's default is examples/results/SUITE.jsonl.
     """
 
     suite: Literal["cpu", "gpu"] | None = None
+    only: str | None = None
     out: str | None = None
 
 
@@ -75,6 +90,7 @@ def make_record(contender: Contender) -> dict[str, Any]:
         **config,
         "saved_mib": None,
         "peak_mib": None,
+        "activation_mib": None,
         **result,
         "forward_s": _spread(contender.forward_s),
         "backward_s": _spread(contender.backward_s),
@@ -106,6 +122,7 @@ def circumstances(device: str) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "driver": _output(nvidia) if cuda else None,
+        "allocator": next((os.environ[name] for name in ALLOCATOR if name in os.environ), None),
         "threads": torch.get_num_threads(),
         **{name.replace("-", "_"): _version(name) for name in PACKAGES},
         "commit": _output(commit),
@@ -141,19 +158,47 @@ def methods(base: Setting) -> list[Setting]:
     return baselines + [replace(base, method="sage", policy=policy) for policy in policies]
 
 
+def condition_name(condition: Setting) -> str:
+    """Short, and different for each condition of a suite."""
+    parts = [condition.shape.split("-")[-1], f"{condition.batch}x{condition.length}"]
+    if not condition.rank:
+        parts.append("rank0")
+    if condition.head != "none":
+        parts.append(condition.head)
+    return "-".join(parts)
+
+
 def suite_settings(suite: str, base: Setting) -> list[Setting]:
     """The conditions of a suite; each is raced by all methods."""
-    base = replace(base, rank=16, body=True, loss="last-quarter")
+    base = replace(base, head="none", loss="last-quarter")
     if suite == "cpu":
-        return [replace(base, shape="small-cpu", batch=4, length=512, dtype="float32")]
-    base = replace(base, dtype="bfloat16")
+        return [replace(base, shape="small-cpu", batch=4, length=512, dtype="float32", rank=16)]
+    base = replace(base, dtype="bfloat16", rank=64)
+    small = replace(base, shape="llama-3.2-3b")
+    large = replace(base, shape="llama-3.1-8b")
     return [
-        replace(base, shape="llama-3.1-8b", batch=1, length=4096),
-        replace(base, shape="llama-3.2-1b", batch=4, length=4096),
-        replace(base, shape="llama-3.2-1b", batch=4, length=4096, rank=0),
-        replace(base, shape="llama-3.2-1b", batch=1, length=4096, body=False),
-        replace(base, shape="llama-3.2-1b", batch=1, length=32768),
+        replace(small, batch=16, length=256),
+        replace(small, batch=4, length=2048),
+        replace(small, batch=4, length=2048, head="chunked"),
+        replace(base, shape="llama-3.2-1b", batch=4, length=2048, rank=0),
+        replace(large, batch=2, length=4096),
+        replace(large, batch=1, length=32768),
     ]
+
+
+def chosen_conditions(conditions: Sequence[Setting], only: str | None) -> list[Setting]:
+    """Those with the names in `only`.
+
+    Raises:
+        ValueError: No condition has that name.
+    """
+    if only is None:
+        return list(conditions)
+    known = {condition_name(condition): condition for condition in conditions}
+    wanted = [name.strip() for name in only.split(",")]
+    if unknown := [name for name in wanted if name not in known]:
+        raise ValueError(f"no condition {', '.join(unknown)} here, but {', '.join(known)}")
+    return [known[name] for name in wanted]
 
 
 def run_suite(conditions: Sequence[Setting], budget_s: float, out: Path) -> None:
@@ -195,9 +240,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     base = Setting(**{name: chosen[name] for name in ("device", "seed", "warmup", "steps")})
     out = Path(command.out or RESULTS / f"{command.suite}.jsonl")
-    # the GPU suite has to end within eight minutes, imports and the last table included
+    # a part of the GPU suite has to end within eight minutes, imports and the last table included
     budget_s = 420.0 if command.suite == "gpu" else math.inf
-    run_suite(suite_settings(command.suite, base), budget_s, out)
+    conditions = chosen_conditions(suite_settings(command.suite, base), command.only)
+    run_suite(conditions, budget_s, out)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
+from lightning_sage.cross_entropy import check_chunked_loss, chunked_loss
+
 Batch = dict[str, Tensor]
 
 
@@ -138,9 +140,14 @@ class HuggingFaceModule(LightningModule):
         """The model's own output."""
         return self.model(**batch)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def compute_loss(self, batch: Batch) -> Tensor:
         """The model's own loss."""
         loss: Tensor = self(**batch).loss
+        return loss
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The batch's loss."""
+        loss = self.compute_loss(batch)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
 
@@ -179,15 +186,43 @@ class HuggingFaceModule(LightningModule):
 
 
 class CausalLM(HuggingFaceModule):
-    """Predicts the next token; `val_loss` and `val_perplexity` are means over labelled tokens."""
+    """Predicts the next token; `val_loss` and `val_perplexity` are means over labelled tokens.
+
+    Args:
+        *args: As above.
+        loss: `full` is the model's forward as it stands, with logits of every token; `chunked`
+            is the same loss without ever holding those (see :func:`chunked_loss`).
+        **kwargs: As above.
+
+    Raises:
+        ValueError: With `chunked`, at the first batch: the model's loss cannot be chunked.
+    """
 
     auto_class = AutoModelForCausalLM
     task = "CAUSAL_LM"
 
+    def __init__(
+        self, *args: Any, loss: Literal["full", "chunked"] = "full", **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if loss not in ("full", "chunked"):
+            raise ValueError(f"loss must be 'full' or 'chunked', got {loss!r}")
+        self.loss = loss
+        self._loss_checked = False
+
+    def compute_loss(self, batch: Batch) -> Tensor:
+        """The model's own loss, with or without logits."""
+        if self.loss == "full":
+            return super().compute_loss(batch)
+        if not self._loss_checked:
+            check_chunked_loss(self.model, batch)
+            self._loss_checked = True
+        return chunked_loss(self.model, batch)
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add to the mean loss, weighted by the number of tokens to predict."""
         targets = (batch["labels"][:, 1:] != -100).sum()
-        self.mean_loss.update(self(**batch).loss, targets)
+        self.mean_loss.update(self.compute_loss(batch), targets)
 
     def on_validation_epoch_end(self) -> None:
         """Log the perplexity too."""

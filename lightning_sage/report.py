@@ -9,7 +9,9 @@ from typing import Any
 Record = Mapping[str, Any]
 
 # runs are compared where all of these agree
-CONDITIONS = ("shape", "rank", "dtype", "batch", "length", "loss", "body", "device", "threads")
+CONDITIONS = ("shape", "rank", "dtype", "batch", "length", "loss", "head", "device", "threads")
+BASELINES = ("dense", "checkpointing")
+HEADS = {"none": "without head", "full": "with head", "chunked": "with chunked head"}
 COLUMNS = (
     "method",
     "saved MiB",
@@ -17,6 +19,9 @@ COLUMNS = (
     "/ checkpt.",
     "peak MiB",
     "/ dense",
+    "activation MiB",
+    "/ dense",
+    "/ checkpt.",
     "step s",
     "/ dense",
     "/ checkpt.",
@@ -37,15 +42,67 @@ def table(records: Sequence[Record]) -> str:
     return "\n\n".join(_one(list(group)) for _, group in groupby(ordered, key=_condition))
 
 
+def limits_table(records: Sequence[Record]) -> str:
+    """Markdown, one row a method: the largest batch and longest context that fit in a budget.
+
+    A cell says what fitted, and in brackets the least that did not.
+
+    Args:
+        records: Lines of `examples/limits.py`, of the same condition.
+    """
+    latest = {record["name"]: record for record in records}
+    rows = []
+    for record in latest.values():
+        row = [record["name"]]
+        for kind in ("batch", "context"):
+            row.append(_limit(record.get(kind)))
+            row.extend(_times(record, latest.get(name), kind) for name in BASELINES)
+        rows.append(row)
+    record = records[-1]
+    title = (
+        f"{record['shape']}, LoRA r={record['rank']}, {record['dtype']}, loss on {record['loss']}, "
+        f"{HEADS[record['head']]}, {record['budget_gib']:g} GiB; {record['device']}, "
+        f"torch {record['torch']}"
+    )
+    batch = f"sequences of {record['batch_length']}"
+    columns = ("method", batch, "/ dense", "/ checkpt.", "context", "/ dense", "/ checkpt.")
+    return f"{title}\n\n{_markdown(columns, rows)}"
+
+
+def _limit(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    above = "open" if found["fails"] is None else f"< {found['fails']:,}"
+    return f"{found['fits']:,} ({above})"
+
+
+def _times(record: Record, baseline: Record | None, kind: str) -> str:
+    mine, theirs = record.get(kind), (baseline or {}).get(kind)
+    if not mine or not theirs or not theirs["fits"]:
+        return ""
+    return f"{mine['fits'] / theirs['fits']:.2f}"
+
+
 def _condition(record: Record) -> tuple[str, ...]:
-    return tuple(str(record[name]) for name in CONDITIONS)
+    known = {**record, "head": _head(record)}
+    return tuple(str(known[name]) for name in CONDITIONS)
+
+
+def _head(record: Record) -> str:
+    """`none`, `full` or `chunked`; earlier records only say whether the body was alone."""
+    return str(record.get("head") or ("none" if record["body"] else "full"))
 
 
 def _one(records: list[Record]) -> str:
     latest = {record["name"]: record for record in records}
     rows = [_row(record, latest) for record in latest.values()]
-    used = [i for i in range(len(COLUMNS)) if any(row[i] for row in rows)]
-    rows = [tuple(row[i] for i in used) for row in (COLUMNS, *rows)]
+    return f"{_title(records[-1])}\n\n{_markdown(COLUMNS, rows)}"
+
+
+def _markdown(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Columns that are empty all the way are left out."""
+    used = [i for i in range(len(columns)) if any(row[i] for row in cells)]
+    rows = [tuple(row[i] for i in used) for row in (columns, *cells)]
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(f"{cell:{'<' if i == 0 else '>'}{w}}" for i, (cell, w) in cells) + " |"
@@ -54,15 +111,15 @@ def _one(records: list[Record]) -> str:
     lines.insert(
         1, "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
     )
-    return "\n".join([_title(records[-1]), "", *lines])
+    return "\n".join(lines)
 
 
 def _title(record: Record) -> str:
     training = f"LoRA r={record['rank']}" if record["rank"] else "full fine-tuning"
-    part = "body" if record["body"] else "with head"
+    head = HEADS[_head(record)]
     return (
         f"{record['shape']}, {training}, {record['dtype']}, {record['batch']} x {record['length']}"
-        f" tokens, loss on {record['loss']}, {part}; {record['device']}, torch {record['torch']}"
+        f" tokens, loss on {record['loss']}, {head}; {record['device']}, torch {record['torch']}"
     )
 
 
@@ -81,6 +138,9 @@ def _row(record: Record, latest: Mapping[str, Record]) -> tuple[str, ...]:
         ratio("saved_mib", "checkpointing"),
         _shown(record, "peak_mib", ",.0f"),
         ratio("peak_mib", "dense"),
+        _shown(record, "activation_mib", ",.0f"),
+        ratio("activation_mib", "dense"),
+        ratio("activation_mib", "checkpointing"),
         _shown(record, "step_s", ".4g"),
         ratio("step_s", "dense"),
         ratio("step_s", "checkpointing"),

@@ -3,11 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from lightning_sage import SageCallback, SagePolicy
 from lightning_sage.data import AnswerData, LabelData, Loading
 from lightning_sage.models import (
     CausalLM,
@@ -65,7 +66,7 @@ def validation_loss(module, data, **changes):
     return trainer(**changes).validate(module, data, verbose=False)[0]
 
 
-@pytest.mark.parametrize("name", ["models", "data"])
+@pytest.mark.parametrize("name", ["models", "cross_entropy", "data"])
 def test_knows_nothing_of_sage(name):
     tree = ast.parse((PACKAGE / f"{name}.py").read_text())
     imported = {
@@ -75,7 +76,8 @@ def test_knows_nothing_of_sage(name):
         for alias in node.names
     }
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert not [name for name in imported if name.startswith("lightning_sage")]
+    ours = {name for name in imported if name.startswith("lightning_sage")}
+    assert ours <= {"lightning_sage.cross_entropy"}
 
 
 def test_refuses_a_model_without_origin():
@@ -150,6 +152,66 @@ def test_validation_loss_is_the_mean_over_answer_tokens(answers):
     assert torch.cat(losses).numel() == sum(2 * n + 1 for n in range(1, 6))
     torch.testing.assert_close(torch.tensor(metrics["val_loss"]), expected)
     torch.testing.assert_close(torch.tensor(metrics["val_perplexity"]), expected.exp())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("lora", [None, LoRA(r=2)])
+def test_chunked_loss_is_the_full_one(answers, lora, precision):
+    def metrics(loss):
+        seed_everything(0, verbose=False)
+        optimization = Optimization(lr=1e-2, warmup=0.0)
+        module = CausalLM(config=LLAMA, lora=lora, loss=loss, optimization=optimization)
+        run = trainer(max_steps=6, precision=precision)
+        run.fit(module, answers)
+        trained = run.callback_metrics["train_loss"].item()
+        return trained, run.validate(module, answers, verbose=False)[0]
+
+    (full, validated), (chunked, validated_in_chunks) = metrics("full"), metrics("chunked")
+    tolerance = 1e-5 if precision == "32-true" else 1e-2
+    assert chunked == pytest.approx(full, rel=tolerance)
+    assert validated_in_chunks == pytest.approx(validated, rel=tolerance)
+
+
+@pytest.mark.parametrize("loss", ["full", "chunked"])
+def test_chunked_loss_makes_no_logits_of_a_batch(answers, loss):
+    module = CausalLM(config=LLAMA, loss=loss)
+    module.configure_model()
+    made = []
+    module.model.lm_head.register_forward_hook(lambda _, args, out: made.append(tuple(out.shape)))
+    trainer(max_steps=2, limit_val_batches=0).fit(module, answers)
+    # the first batch's check makes some, of one sample
+    assert any(shape[0] == 2 and shape[-1] == 259 for shape in made) == (loss == "full")
+
+
+def test_a_loss_that_cannot_be_chunked_stops_the_fit(answers):
+    capped = {**LLAMA, "model_type": "gemma2", "head_dim": 8}
+    with pytest.raises(ValueError, match=r"Gemma2ForCausalLM.*final_logit_softcapping"):
+        trainer().fit(CausalLM(config=capped, loss="chunked"), answers)
+    with pytest.raises(ValueError, match="loss must be 'full' or 'chunked', got 'half'"):
+        CausalLM(config=LLAMA, loss="half")
+
+
+class Kept(Callback):
+    """Rows that each block kept of the first batch."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        [sage] = [c for c in trainer.callbacks if isinstance(c, SageCallback)]
+        self.rows = torch.stack([record.kept for record in sage.installation.records])
+
+
+def test_sage_learns_the_same_loss_rows_from_either_loss(answers):
+    def kept(loss, **changes):
+        seed_everything(0, verbose=False)
+        policy = SagePolicy(keep=0.4, sinks=0, keep_last=False, **changes)
+        callbacks = [SageCallback(policy, print_summary=False), seen := Kept()]
+        module = CausalLM(config=LLAMA, lora=LoRA(r=2), loss=loss)
+        trainer(callbacks=callbacks, max_steps=1, limit_val_batches=0).fit(module, answers)
+        return seen.rows
+
+    full = kept("full")
+    assert torch.equal(kept("chunked"), full)
+    # other rows would have been kept, had the labels not been seen
+    assert not torch.equal(kept("full", queries="all"), full)
 
 
 def test_validation_loss_is_summed_in_float32(answers):
@@ -235,15 +297,16 @@ def test_refuses_to_save_a_sharded_model(answers, tmp_path):
 
 
 def test_checkpoint_resumes_and_loads(answers, tmp_path):
-    module = CausalLM(config=LLAMA, lora=LoRA(r=2))
+    module = CausalLM(config=LLAMA, lora=LoRA(r=2), loss="chunked")
     first = trainer(max_epochs=1, max_steps=-1, limit_val_batches=0)
     first.fit(module, answers)
     first.save_checkpoint(tmp_path / "one.ckpt")
-    resumed = CausalLM(config=LLAMA, lora=LoRA(r=2))
+    resumed = CausalLM(config=LLAMA, lora=LoRA(r=2), loss="chunked")
     second = trainer(max_epochs=2, max_steps=-1, limit_val_batches=0)
     second.fit(resumed, answers, ckpt_path=tmp_path / "one.ckpt", weights_only=False)
     assert second.global_step == 2 * first.global_step
     loaded = CausalLM.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=False)
     assert loaded.lora == LoRA(r=2)
+    assert loaded.loss == "chunked"
     for name, parameter in loaded.named_parameters():
         assert torch.equal(parameter, module.get_parameter(name))

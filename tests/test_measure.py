@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,11 +21,12 @@ METHODS = {
         "sage",
         "--policy.keep",
         "0.25",
-        "--body",
-        "true",
+        "--head",
+        "none",
         "--rank",
         "4",
     ],
+    "sage default": ["--method", "sage", "--head", "chunked"],
     "sage keep=AllTokens(), replay=0.25, attention='full'": [
         *("--method", "sage", "--policy.keep", "AllTokens", "--policy.replay", "0.25"),
         *("--policy.attention", "full", "--loss", "all"),
@@ -39,6 +41,14 @@ def measure(monkeypatch):
     import measure
 
     return measure
+
+
+@pytest.fixture
+def step(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import step
+
+    return step
 
 
 @pytest.fixture
@@ -59,7 +69,11 @@ def test_one_run_is_one_line(measure, capsys, name, tmp_path):
     assert record["name"] == name
     assert record["measured_steps"] == 3
     assert record["saved_mib"] > 0
-    assert record["peak_mib"] is None  # of a process on a CPU, which does not tell methods apart
+    # of a process on a CPU, which does not tell methods apart
+    assert record["peak_mib"] is record["activation_mib"] is None
+    assert record["attention"] == "flash_attention_for_cpu"
+    kernel = "torch" if hasattr(torch.nn.functional, "linear_cross_entropy") else "slices"
+    assert record["cross_entropy"] == (kernel if record["head"] == "chunked" else None)
     for key in ("forward_s", "backward_s", "step_s", "tokens_per_s"):
         spread = record[key]
         assert 0 < spread["p20"] <= spread["median"] <= spread["p80"]
@@ -75,10 +89,10 @@ def test_the_script_runs():
     assert json.loads(done.stdout)["kept_fraction"] == pytest.approx(21 / 64)
 
 
-def test_a_suite_prints_ratios_and_appends_records(measure, race, tmp_path, capsys):
-    base = race.Setting(device="cpu", warmup=0, steps=2, rank=4)
+def test_a_suite_prints_ratios_and_appends_records(measure, step, tmp_path, capsys):
+    base = step.Setting(device="cpu", warmup=0, steps=2, rank=4)
     out = tmp_path / "results" / "suite.jsonl"
-    measure.run_suite([replace(base, body=True), replace(base, rank=0)], float("inf"), out)
+    measure.run_suite([replace(base, head="none"), replace(base, rank=0)], float("inf"), out)
     shown = capsys.readouterr().out
     records = [json.loads(line) for line in out.read_text().splitlines()]
     names = [record["name"] for record in records]
@@ -93,27 +107,27 @@ def test_a_suite_prints_ratios_and_appends_records(measure, race, tmp_path, caps
 
 
 @pytest.mark.parametrize("loss", ["last-quarter", "last-token", "all"])
-def test_the_body_bears_loss_where_the_labels_say(race, loss):
-    setting = race.Setting(device="cpu", body=True, loss=loss, length=32)
-    batch, rows = race.make_batch(setting), race.loss_rows(setting)
+def test_the_body_bears_loss_where_the_labels_say(step, loss):
+    setting = step.Setting(device="cpu", head="none", loss=loss, length=32)
+    batch, rows = step.make_batch(setting), step.loss_rows(setting)
     bears = torch.zeros(setting.batch, setting.length, dtype=torch.bool)
     bears[:, rows] = True
     shifted = torch.nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1))
     assert torch.equal(bears, shifted)
     assert bears.sum() == setting.batch * {"last-quarter": 8, "last-token": 1, "all": 31}[loss]
     policy = SagePolicy(keep=1e-6 + bears.float().mean().item(), sinks=0, keep_last=False)
-    contender = race.prepare(replace(setting, method="sage", policy=policy), race.build(setting))
+    contender = step.prepare(replace(setting, method="sage", policy=policy), step.build(setting))
     contender.counted_step(batch)
     for record in contender.installation.records:
         assert (record.kept | ~bears).all()
 
 
-def test_contenders_share_weights(race):
-    setting = race.Setting(device="cpu", rank=4, body=True)
-    model = race.build(setting)
-    contenders = [race.prepare(replace(setting, method=m), model) for m in ("dense", "sage")]
+def test_contenders_share_weights(step):
+    setting = step.Setting(device="cpu", rank=4, head="none")
+    model = step.build(setting)
+    contenders = [step.prepare(replace(setting, method=m), model) for m in ("dense", "sage")]
     for contender in contenders:
-        contender.timed_step(race.make_batch(setting), counts=True)
+        contender.timed_step(step.make_batch(setting), counts=True)
         for mine, shared in zip(contender.model.parameters(), model.parameters(), strict=True):
             assert mine is shared
             assert mine.grad is None
@@ -128,70 +142,114 @@ def test_contenders_share_weights(race):
         ("llama-3.1-8b", 8_030_261_248),
     ],
 )
-def test_shapes_are_those_of_the_released_models(race, shape, parameters):
-    model = race.build(race.Setting(device="meta", shape=shape, dtype="bfloat16"))
+def test_shapes_are_those_of_the_released_models(step, shape, parameters):
+    model = step.build(step.Setting(device="meta", shape=shape, dtype="bfloat16"))
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("suite", ["cpu", "gpu"])
-def test_suites_compare_like_with_like(measure, race, suite):
-    for condition in measure.suite_settings(suite, race.Setting()):
+def test_suites_compare_like_with_like(measure, step, suite):
+    for condition in measure.suite_settings(suite, step.Setting()):
         settings = measure.methods(condition)
         assert [s.method for s in settings[:3]] == ["dense", "checkpointing", "sage"]
-        default = race.Setting()
+        default = step.Setting()
         alike = [replace(s, method=default.method, policy=default.policy) for s in settings]
         assert set(alike) == {condition}
 
 
-def test_an_outlasted_budget_is_said(measure, race, tmp_path, capsys):
-    base = race.Setting(device="cpu", warmup=0, steps=2)
+def test_an_outlasted_budget_is_said(measure, step, tmp_path, capsys):
+    base = step.Setting(device="cpu", warmup=0, steps=2)
     measure.run_suite([base], 0.0, tmp_path / "suite.jsonl")
     shown = capsys.readouterr()
     assert "over the budget of 0 s" in shown.err
     assert "over the time budget" in shown.out
 
 
-def test_memory_that_does_not_suffice_is_said(measure, race, monkeypatch, capsys):
-    settings = measure.methods(race.Setting(device="cpu", warmup=0, steps=1))[:2]
+def test_memory_that_does_not_suffice_is_said(measure, race, step, monkeypatch, capsys):
+    settings = measure.methods(step.Setting(device="cpu", warmup=0, steps=1))[:2]
 
     def too_much(self, batch):
         if self.setting.method == "dense":
             raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(race.Contender, "counted_step", too_much)
+    monkeypatch.setattr(step.Contender, "counted_step", too_much)
     records = [measure.make_record(contender) for contender in race.race(settings)]
     assert "dense: out of memory" in capsys.readouterr().err
     assert [record.get("error") for record in records] == ["out of memory", None]
     assert "| out of memory |" in table(records)
 
 
-def test_table_ratios():
-    condition = {
-        "shape": "tiny",
-        "rank": 0,
-        "dtype": "float32",
-        "batch": 1,
-        "length": 8,
-        "loss": "all",
-        "body": False,
-        "device": "cpu",
-        "threads": 1,
-        "torch": "2",
+@pytest.mark.parametrize("rank", [0, 4])
+def test_every_head_has_the_loss_of_the_same_rows(step, rank):
+    losses, kept = {}, {}
+    for head in ("full", "chunked", "none"):
+        setting = step.Setting(device="cpu", head=head, rank=rank, method="sage")
+        contender = step.prepare(setting, step.build(setting))
+        batch = step.make_batch(setting)
+        losses[head] = contender.loss(batch).item()
+        kept[head] = [record.kept for record in contender.installation.records]
+    assert losses["chunked"] == pytest.approx(losses["full"], rel=1e-5)
+    for first, *others in zip(*kept.values(), strict=True):
+        assert all(torch.equal(first, other) for other in others)
+
+
+def test_a_part_of_a_suite_is_named(measure, step):
+    conditions = measure.suite_settings("gpu", step.Setting())
+    names = [measure.condition_name(condition) for condition in conditions]
+    assert names == [
+        *("3b-16x256", "3b-4x2048", "3b-4x2048-chunked"),
+        *("1b-4x2048-rank0", "8b-2x4096", "8b-1x32768"),
+    ]
+    assert all(c.rank == 64 and c.dtype == "bfloat16" for c in conditions if c.rank)
+    assert measure.chosen_conditions(conditions, None) == conditions
+    part = measure.chosen_conditions(conditions, "8b-2x4096, 3b-16x256")
+    assert part == [conditions[4], conditions[0]]
+    # what the docstring says to run is all there is, and each once
+    commands = re.findall(r"--only (\S+)", measure.__doc__)
+    assert sorted(",".join(commands).split(",")) == sorted(names)
+    with pytest.raises(ValueError, match="no condition 3b-1x1 here, but 3b-16x256, "):
+        measure.chosen_conditions(conditions, "3b-1x1")
+
+
+def test_activation_is_a_steps_peak_above_that_of_a_forward(step, monkeypatch):
+    """CUDA's account, by a machine that has none: numbers put in, numbers taken out."""
+    setting = step.Setting(device="cpu", rank=4, head="none")
+    contender, peaks = step.prepare(setting, step.build(setting)), [130, 190]
+    grown = []
+
+    def peak():
+        gradients = [p.grad for p in contender.model.parameters() if p.requires_grad]
+        assert all(gradient is not None for gradient in gradients)
+        grown.append(sum(gradient.norm() for gradient in gradients))
+        return peaks.pop(0) * step.MIB
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100 * step.MIB)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", peak)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    batch = step.make_batch(setting)
+    contender.loss(batch).backward()
+    trained = [p for p in contender.model.parameters() if p.requires_grad]
+    assert contender.activation(batch) == {
+        "resident_mib": 100,
+        "gradients_mib": sum(p.nbytes for p in trained) / step.MIB,
+        "forward_mib": 30,
+        "step_mib": 90,
+        "activation_mib": 60,
     }
+    # the forward was without grad, the step added its gradients to those there
+    assert grown[1] == pytest.approx(2 * grown[0].item(), rel=1e-5)
 
-    def run(name, saved, step):
-        return {**condition, "name": name, "saved_mib": saved, "step_s": {"median": step}}
 
-    stale = run("sage", 1.0, 1.0)
-    text = table(
-        [stale, run("dense", 8.0, 2.0), run("checkpointing", 2.0, 4.0), run("sage", 0.5, 1.0)]
-    )
-    title, _, head, _, *rows = text.splitlines()
-    assert "full fine-tuning, float32, 1 x 8 tokens" in title
-    # columns without any value are left out
-    assert "peak" not in head
-    cells = {row.split("|")[1].strip(): [x.strip() for x in row.split("|")[2:-1]] for row in rows}
-    assert cells["sage"] == ["0.5", "0.062", "0.250", "1", "0.500", "0.250"]
-    assert cells["dense"][:2] == ["8.0", "1.000"]
-    assert len(cells) == 3
+@pytest.mark.gpu
+def test_activation_on_a_gpu(measure, race, step):
+    # wide rather than many: what a step needs beside its activations is small
+    base = step.Setting(device="cuda", rank=4, head="none", batch=8, length=512, warmup=1, steps=2)
+    records = [measure.make_record(c) for c in race.race(measure.methods(base)[:3])]
+    dense, checkpointing, sage = (record["activation_mib"] for record in records)
+    assert records[0]["attention"] in {"flash_attention", "efficient_attention", "cudnn_attention"}
+    assert dense > 2 * checkpointing > 0
+    assert dense > 2 * sage > 0
+    # transients aside it is what autograd holds
+    assert dense == pytest.approx(records[0]["saved_mib"], rel=0.5)
+    assert len({round(record["forward_mib"], 1) for record in records}) == 1
