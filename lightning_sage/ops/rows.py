@@ -212,6 +212,8 @@ def pack_rows(x: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
         BLOCK_K=groups,
         BLOCK_D=block,
         num_warps=_warps(groups * block),
+        # the quotient is rounded before it is brought to an integer
+        enable_fp_fusion=False,
     )
     return values, scale
 
