@@ -9,11 +9,14 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from lightning_sage.ops import Rows
 
 
 class ReplayError(RuntimeError):
@@ -67,16 +70,16 @@ def _axis(name: str, x: Tensor, B: int, T: int) -> Axis:
     )
 
 
-def _packed(x: Tensor, axis: Axis, rows: Tensor, T: int) -> Tensor:
+def _packed(x: Tensor, axis: Axis, rows: Rows) -> Tensor:
     """`x` for the packed rows: a batch of one, N long."""
-    n, sample, token = len(rows), rows // T, rows % T
+    n, T, sample, token = len(rows), rows.T, rows.sample, rows.token
     match axis:
         case Axis.FIRST:
             return x.index_select(0, token)
         case Axis.BATCHED if x.shape[0] == 1:
             return x.index_select(1, token)
         case Axis.BATCHED:
-            return x.flatten(0, 1).index_select(0, rows).unsqueeze(0)
+            return x.flatten(0, 1).index_select(0, rows.index).unsqueeze(0)
         case Axis.SECOND if x.dim() == 3:
             return x[:, sample if x.shape[1] > 1 else 0, token].unsqueeze(1)
         case Axis.SECOND:
@@ -144,8 +147,9 @@ class Arguments:
         args = tuple(_without_cache(name, x, layer) for name, x in zip(named, args, strict=True))
         kwargs = {name: _without_cache(name, x, layer) for name, x in kwargs.items()}
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        names = [n for n, x in zip(named, args, strict=True) for _ in pytree.tree_leaves(x)]
-        names += [n for n, x in kwargs.items() for _ in pytree.tree_leaves(x)]
+        names = [
+            n for n, x in (*zip(named, args, strict=True), *kwargs.items()) for _ in _leaves(x)
+        ]
         tensors = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
         by_name = [i for i in tensors if names[i] == "hidden_states"]
         hidden = next(iter(by_name + tensors), None)
@@ -208,14 +212,24 @@ class Arguments:
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         return args, kwargs
 
-    def packed(self, i: int, x: Tensor, rows: Tensor, T: int) -> Tensor:
+    def packed(self, i: int, x: Tensor, rows: Rows) -> Tensor:
         """Leaf i, given as `x`, for the packed rows."""
-        return _packed(x, self.axes[i], rows, T)
+        return _packed(x, self.axes[i], rows)
+
+
+def _leaves(x: Any) -> Any:
+    # most arguments are leaves: a tree is not walked for these
+    return (x,) if x is None or isinstance(x, Tensor | bool) else pytree.tree_leaves(x)
 
 
 def _parameter_names(block: nn.Module, count: int) -> list[str]:
     """Names of the first positional parameters, so that rules by name hold for them too."""
-    parameters = list(inspect.signature(type(block).forward).parameters.values())[1:]
+    names = _positional(type(block).forward)[:count]
+    return [*names, *(f"args[{i}]" for i in range(len(names), count))]
+
+
+@cache
+def _positional(forward: Any) -> tuple[str, ...]:
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [p.name for p in parameters if p.kind in kinds][:count]
-    return names + [f"args[{i}]" for i in range(len(names), count)]
+    return tuple(p.name for p in parameters if p.kind in kinds)

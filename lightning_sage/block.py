@@ -14,8 +14,8 @@ from lightning_sage import ops, selfcheck
 from lightning_sage.arguments import Arguments, ReplayError
 from lightning_sage.cache import SparseCache
 from lightning_sage.facts import Facts
-from lightning_sage.job import ATTRIBUTE, Job, Surroundings, Wrapped, trainable
-from lightning_sage.ops import Rows, positions
+from lightning_sage.job import ATTRIBUTE, Job, Parts, Surroundings, Wrapped
+from lightning_sage.ops import Rows
 from lightning_sage.packing import store
 from lightning_sage.replay import Kept, PackedForward, Replayer, keep_attention
 from lightning_sage.session import REPLAY_STREAM, BlockRecord
@@ -48,14 +48,14 @@ def sparse_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
                 "or on before, and SAGE takes its place"
             )
         arguments = Arguments.of(block, args, kwargs)
-        slots = trainable(block)
+        parts = Parts(block)
         hidden = arguments.leaves[arguments.hidden]
         extra = [arguments.leaves[i] for i in arguments.differentiable()]
-        if not (slots or extra or hidden.requires_grad):
+        if not (parts.slots or extra or hidden.requires_grad):
             return wrapped.run(block, *args, **kwargs)
-        job = Job(block, wrapped, arguments, slots, Surroundings(hidden.device))
+        job = Job(block, wrapped, arguments, parts, Surroundings(hidden.device))
         selfcheck.first_call(job)
-        out = _Sparse.apply(job, hidden, *extra, *(getattr(m, n) for m, n in slots))
+        out = _Sparse.apply(job, hidden, *extra, *job.parameters)
         return job.output(out)
     except ReplayError as error:
         if error.args and str(error).startswith("block '"):
@@ -128,7 +128,7 @@ class _Sparse(torch.autograd.Function):
         out, cache = (_skip_rows if job.wrapped.skips else _keep_rows)(job, hidden)
         if out is hidden:
             raise ReplayError("it returns its input")
-        tensors, job.kept = cache.taken_apart()
+        tensors, job.causal = cache.taken_apart()
         ctx.save_for_backward(*tensors, *job.release())
         ctx.job, ctx.held = job, len(tensors)
         return out
@@ -138,7 +138,7 @@ class _Sparse(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         job: Job = ctx.job
         saved = ctx.saved_tensors
-        cache = SparseCache.put_together(saved[: ctx.held], job.kept)
+        cache = SparseCache.put_together(saved[: ctx.held], job.causal)
         leaves = job.restored(saved[ctx.held :])
         wants = ctx.needs_input_grad[1:]
         grads = _replay(job, cache, leaves, grad, wants)
@@ -160,11 +160,12 @@ def _chosen_rows(
         chosen, p = replayer.replay(norms, cache.saliency, job.valid_count, noise)
         if p is not None:
             probability = p if probability is None else p * probability
-        picked = positions(chosen, count)
+        picked = ops.picked(chosen, count)
         index = index.index_select(0, picked)
         probability = None if probability is None else probability.index_select(0, picked)
     weights = None if probability is None else 1 / probability
     record = job.record
+    assert record is not None
     record.rows, record.factors, record.seed = index, weights, job.seed.value
     return Rows(index, job.B, job.T), picked, weights
 

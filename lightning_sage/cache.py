@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from lightning_sage.ops import Visibility
 from lightning_sage.packing import Stored
 from lightning_sage.replay import Kept
 
-# stands where a cache is taken apart
-_NO_VISIBILITY = Visibility(False)
+_NOTHING = (None, None)
 
 
 @dataclass
@@ -45,22 +44,24 @@ class SparseCache:
         plain = sum(x.numel() * x.element_size() for x in own if x is not None)
         return plain + sum(x.nbytes for x in stored)
 
-    def taken_apart(self) -> tuple[list[Tensor | None], list[Any]]:
-        """Everything held, for `save_for_backward`, and all that is not a tensor."""
-        calls = [
-            (kept._replace(visible=_NO_VISIBILITY), vars(kept.visible).copy())
-            for kept in self.attention
-        ]
-        state = (self.index, self.hidden, calls, self.saliency, self.probability)
-        leaves, spec = pytree.tree_flatten(state)
-        tensors = [x if isinstance(x, Tensor) else None for x in leaves]
-        return tensors, [[None if isinstance(x, Tensor) else x for x in leaves], spec]
+    def taken_apart(self) -> tuple[list[Tensor | None], list[bool]]:
+        """Everything held, for `save_for_backward`, and the causality of each attention call."""
+        tensors = [self.index, *self.hidden, self.saliency, self.probability]
+        for kept in self.attention:
+            k, v, sight = kept.k or _NOTHING, kept.v or _NOTHING, kept.visible
+            tensors += [*kept.out, kept.lse, *k, *v, kept.keys]
+            tensors += [sight.first, sight.stop, sight.keys, sight.mask]
+        return tensors, [kept.visible.causal for kept in self.attention]
 
     @classmethod
-    def put_together(cls, tensors: tuple[Tensor | None, ...], rest: list[Any]) -> SparseCache:
+    def put_together(cls, tensors: Sequence[Any], causal: list[bool]) -> SparseCache:
         """The cache that was :meth:`taken_apart`."""
-        others, spec = rest
-        leaves = [x if x is not None else y for x, y in zip(tensors, others, strict=True)]
-        index, hidden, calls, saliency, probability = pytree.tree_unflatten(leaves, spec)
-        attention = [kept._replace(visible=Visibility(**fields)) for kept, fields in calls]
-        return cls(index, hidden, attention, saliency, probability)
+        index, values, scale, saliency, probability, *rest = tensors
+        attention = []
+        for i, ordered in enumerate(causal):
+            out, out_scale, lse, k, k_scale, v, v_scale, keys, *sight = rest[12 * i : 12 * i + 12]
+            found = Kept(Stored(out, out_scale), lse, Visibility(ordered, *sight), keys=keys)
+            if k is not None:
+                found = found._replace(k=Stored(k, k_scale), v=Stored(v, v_scale))
+            attention.append(found)
+        return cls(index, Stored(values, scale), attention, saliency, probability)

@@ -8,7 +8,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sage.ops import Rows, Visibility
+from lightning_sage.ops import Rows, Sight, Visibility
+
+
+class Judged:
+    """What saliency and selections start from.
+
+    Attributes:
+        queries: Query rows whose attention counts.
+        priority: ``[B, T]`` int64, see :func:`SagePolicy.priority`.
+        ones: ``[N]`` float32, a weight for each query row.
+        noise: ``[B, T]`` float64, for selections that are not random.
+    """
+
+    def __init__(self, queries: Rows, priority: Tensor) -> None:
+        self.queries, self.priority = queries, priority
+        self.ones = torch.ones(len(queries), device=priority.device)
+        self.noise = torch.zeros(priority.shape, dtype=torch.float64, device=priority.device)
+        self._sights: list[Sight] = []
+
+    def sight(self, keys: Rows, visible: Visibility) -> Sight:
+        """What the query rows see; the same for all blocks that share a mask."""
+        for known in self._sights:
+            if known.keys is keys and known.visible is visible:
+                return known
+        self._sights.append(Sight(self.queries, keys, visible))
+        return self._sights[-1]
 
 
 @dataclass
@@ -20,17 +45,19 @@ class Facts:
         valid: ``[B, T]`` bool, False on padding.
         count: Valid tokens.
         every: All tokens.
+        padded: Whether any token is padding.
         keys: By the tokens that a mask lets anyone see, these tokens as rows.
-        judged: By causality, query rows whose attention counts, priorities, and how many rows a
-            selection keeps whose count depends on nothing else.
+        judged: By causality, what saliency and selections start from.
+        fixed: By causality, how many rows a selection keeps whose count depends on nothing else.
     """
 
     heard: tuple[Any, ...]
     valid: Tensor
     count: int
     every: Rows
+    padded: bool
     keys: list[tuple[Tensor, Rows]] = field(default_factory=list)
-    judged: dict[bool, tuple[Rows, Tensor]] = field(default_factory=dict)
+    judged: dict[bool, Judged] = field(default_factory=dict)
     fixed: dict[bool, int] = field(default_factory=dict)
 
     def key_rows(self, visible: Visibility) -> Rows:
@@ -56,7 +83,7 @@ class Facts:
         B, T, _ = hidden.shape
         valid = _valid(mask, hidden)
         count = int(valid.sum()) if isinstance(mask, Tensor) else B * T
-        return cls(heard, valid, count, Rows.every(B, T, hidden.device))
+        return cls(heard, valid, count, Rows.every(B, T, hidden.device), count < B * T)
 
     def about(self, heard: tuple[Any, ...]) -> bool:
         """Whether these are the facts of what was heard: the same tensors, not equal ones."""

@@ -51,18 +51,38 @@ class Wrapped:
         return type(block).forward(block, *args, **kwargs)
 
 
-def trainable(block: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Where the trainable parameters are, each once.
+class Parts:
+    """Modules of a block and the slots of its parameters, looked at once a call.
 
     Slots and not tensors, because sharding strategies swap the tensors between forward and
     backward.
+
+    Attributes:
+        modules: All of them, each once.
+        slots: Where the trainable parameters are, each once.
+        parameters: All of them, frozen ones too.
     """
-    slots: dict[int, tuple[nn.Module, str]] = {}
-    for module in block.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad:
-                slots.setdefault(id(parameter), (module, name))
-    return list(slots.values())
+
+    def __init__(self, block: nn.Module) -> None:
+        self.modules, seen = [block], {id(block)}
+        slots: dict[int, tuple[nn.Module, str]] = {}
+        self.parameters: list[Tensor] = []
+        # grows while it is walked: `modules()` asks many times as often
+        for module in self.modules:
+            for part in module._modules.values():
+                if part is not None and id(part) not in seen:
+                    seen.add(id(part))
+                    self.modules.append(part)
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    self.parameters.append(parameter)
+                    if parameter.requires_grad:
+                        slots.setdefault(id(parameter), (module, name))
+        self.slots = list(slots.values())
+
+    def trainable(self) -> list[Tensor]:
+        """The tensors in the slots, as they are now."""
+        return [getattr(module, name) for module, name in self.slots]
 
 
 class Surroundings:
@@ -107,24 +127,24 @@ class Job:
         block: nn.Module,
         wrapped: Wrapped,
         arguments: Arguments,
-        slots: list[tuple[nn.Module, str]],
+        parts: Parts,
         surroundings: Surroundings,
     ) -> None:
         self.block, self.wrapped, self.session = block, wrapped, wrapped.session
-        self.arguments, self.slots, self.surroundings = arguments, slots, surroundings
+        self.arguments, self.parts, self.surroundings = arguments, parts, surroundings
         self.seed = Seed()
         hidden = arguments.leaves[arguments.hidden]
         self.B, self.T, self.C = hidden.shape
         self.dtype = hidden.dtype
         self.extra, self.shared = arguments.differentiable(), arguments.shared()
-        self.modes = [module.training for module in block.modules()]
-        self.parameters = [getattr(m, n) for m, n in slots]
-        self.versions = [parameter._version for parameter in block.parameters()]
-        self.kept: list[Any] = []
+        self.modes = [module.training for module in parts.modules]
+        self.parameters = parts.trainable()
+        self.versions = [parameter._version for parameter in parts.parameters]
+        self.causal: list[bool] = []
         self.valid_count = 0
-        self.record = BlockRecord(wrapped.name, hidden.new_empty(0), hidden.new_empty(0))
+        self.record: BlockRecord | None = None
         self._pairs: dict[int, Tensor] = {}
-        self._outputs: tuple[list[Any], pytree.TreeSpec, int] | None = None
+        self._outputs: tuple[list[Any], pytree.TreeSpec | None, int] | None = None
 
     @property
     def hidden(self) -> Tensor:
@@ -146,20 +166,17 @@ class Job:
         """
         with self.surroundings.restored(), tap(handler):
             output = self.wrapped.run(self.block, *args, **kwargs)
-        leaves, spec = pytree.tree_flatten(output)
-        inputs = pytree.tree_leaves((args, kwargs))
+        # most return hidden states alone
+        alone = isinstance(output, Tensor)
+        leaves, spec = ([output], None) if alone else pytree.tree_flatten(output)
         place = next((i for i, x in enumerate(leaves) if isinstance(x, Tensor)), None)
-        if place is None or leaves[place].shape != inputs[self.arguments.hidden].shape:
+        given = kwargs.get("hidden_states", next(iter(args), None))
+        if not isinstance(given, Tensor):
+            given = pytree.tree_leaves((args, kwargs))[self.arguments.hidden]
+        if place is None or leaves[place].shape != given.shape:
             raise ReplayError("its first output is not hidden states of the shape of its input")
-        known = {id(x) for x in inputs}
-        for i, x in enumerate(leaves):
-            if i != place and isinstance(x, Tensor) and id(x) not in known:
-                weights = x.dim() == 4 and x.shape[-1] == x.shape[-2] == leaves[place].shape[1]
-                if x.is_floating_point() and not weights:
-                    raise ReplayError(
-                        f"it returns a second tensor of shape {list(x.shape)}, whose gradient a "
-                        "replay of some rows cannot give"
-                    )
+        if len(leaves) > 1:
+            _refuse_others(leaves, place, pytree.tree_leaves((args, kwargs)))
         self._outputs = leaves, spec, place
         out: Tensor = leaves[place]
         return out
@@ -170,7 +187,7 @@ class Job:
         Raises:
             RuntimeError: A parameter is not what the forward used.
         """
-        now = [getattr(module, name) for module, name in self.slots]
+        now = self.parts.trainable()
         for x, y in zip(now, self.parameters, strict=True):
             # views that a sharding strategy lays anew are no parameters
             if x is not y and (isinstance(x, nn.Parameter) or isinstance(y, nn.Parameter)):
@@ -178,7 +195,7 @@ class Job:
                     f"a parameter of block '{self.wrapped.name}' was replaced after the forward "
                     "pass whose backward pass needs it"
                 )
-        if [parameter._version for parameter in self.block.parameters()] != self.versions:
+        if [parameter._version for parameter in self.parts.parameters] != self.versions:
             raise RuntimeError(
                 f"a parameter of block '{self.wrapped.name}' was modified in place after the "
                 "forward pass whose backward pass needs it"
@@ -188,21 +205,26 @@ class Job:
     @contextmanager
     def modes_restored(self) -> Iterator[None]:
         """Train and eval modes of the forward, and whatever there is now afterwards."""
-        modules = list(self.block.modules())
-        before = [module.training for module in modules]
+        changed = [
+            (module, mode, module.training)
+            for module, mode in zip(self.parts.modules, self.modes, strict=True)
+            if module.training != mode
+        ]
         try:
-            for module, mode in zip(modules, self.modes, strict=True):
+            for module, mode, _ in changed:
                 module.training = mode
             yield
         finally:
-            for module, mode in zip(modules, before, strict=True):
-                module.training = mode
+            for module, _, now in changed:
+                module.training = now
 
     def output(self, hidden: Tensor) -> Any:
         """What the block returned, with `hidden` in the place of its hidden states."""
         assert self._outputs is not None
         leaves, spec, place = self._outputs
         self._outputs = None
+        if spec is None:
+            return hidden
         leaves[place] = hidden
         return pytree.tree_unflatten(leaves, spec)
 
@@ -220,9 +242,7 @@ class Job:
             hidden: ``[N, C]``.
             leaves: The other tensors, whole, by index.
         """
-        replaced: dict[int, Any] = {
-            i: self.arguments.packed(i, x, rows.index, self.T) for i, x in leaves.items()
-        }
+        replaced: dict[int, Any] = {i: self.arguments.packed(i, x, rows) for i, x in leaves.items()}
         replaced[self.arguments.hidden] = hidden.unsqueeze(0)
         return self.arguments.call(replaced)
 
@@ -249,3 +269,20 @@ class Job:
         """What :func:`Job.leaves` was, from what `release` returned."""
         found = zip(self.shared, held, strict=True)
         return {i: x for i, x in found if x is not None} | self._pairs
+
+
+def _refuse_others(leaves: list[Any], place: int, inputs: list[Any]) -> None:
+    """Refuse outputs besides hidden states that may want a gradient.
+
+    Raises:
+        ReplayError: Names the shape of one.
+    """
+    known = {id(x) for x in inputs}
+    for i, x in enumerate(leaves):
+        if i != place and isinstance(x, Tensor) and id(x) not in known:
+            weights = x.dim() == 4 and x.shape[-1] == x.shape[-2] == leaves[place].shape[1]
+            if x.is_floating_point() and not weights:
+                raise ReplayError(
+                    f"it returns a second tensor of shape {list(x.shape)}, whose gradient a "
+                    "replay of some rows cannot give"
+                )

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class Chosen(NamedTuple):
@@ -115,6 +116,28 @@ def _budget(fraction: float, valid: Tensor, priority: Tensor) -> Tensor:
     return share.maximum(needed).maximum((priority >= 2).sum(-1))
 
 
+# by priorities, which all blocks of a forward share: what else of a choice they share
+_plans = WeakTensorKeyDictionary()
+
+
+def _plan(fraction: float, valid: Tensor, priority: Tensor) -> tuple[Tensor, Tensor]:
+    """What lifts scores by their priority, and which ranks are in: ``[B, T]`` each."""
+    found: tuple[Tensor, Tensor] | None = _plans.get(priority, {}).get(fraction)
+    if found is None:
+        lift = (2.0 * priority).double().masked_fill(~valid, float("-inf"))
+        ranks = torch.arange(valid.shape[1], device=valid.device)
+        found = lift, ranks < _budget(fraction, valid, priority).unsqueeze(-1)
+        _plans.setdefault(priority, {})[fraction] = found
+    return found
+
+
+def _keep_fraction(fraction: float, scores: Tensor, valid: Tensor, priority: Tensor) -> Chosen:
+    """The highest scores of each sample, within its budget, by priority."""
+    lift, ranks = _plan(fraction, valid, priority)
+    order = (scores + lift).argsort(dim=-1, descending=True, stable=True)
+    return Chosen(torch.zeros_like(valid).scatter_(-1, order, ranks))
+
+
 class TopFraction(Selection):
     """The highest-scored `fraction` of each sample's valid tokens, rounded up.
 
@@ -129,8 +152,7 @@ class TopFraction(Selection):
 
     def keep(self, scores: Tensor, valid: Tensor, priority: Tensor, noise: Tensor) -> Chosen:
         """See :func:`Selection.keep`."""
-        budget = _budget(self.fraction, valid, priority)
-        return Chosen(_top(_ranked(scores, priority, valid), budget) & valid)
+        return _keep_fraction(self.fraction, scores, valid, priority)
 
     def replay(self, norms: Tensor, saliency: Tensor | None, valid: int, noise: Tensor) -> Chosen:
         """See :func:`Selection.replay`."""
@@ -187,8 +209,7 @@ class RandomTokens(Selection):
 
     def keep(self, scores: Tensor, valid: Tensor, priority: Tensor, noise: Tensor) -> Chosen:
         """See :func:`Selection.keep`."""
-        budget = _budget(self.fraction, valid, priority)
-        return Chosen(_top(_ranked(noise, priority, valid), budget) & valid)
+        return _keep_fraction(self.fraction, noise, valid, priority)
 
 
 class AllTokens(Selection):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_sage import ops
 from lightning_sage.arguments import ReplayError
-from lightning_sage.facts import Facts
+from lightning_sage.facts import Facts, Judged
 from lightning_sage.masks import visibility
 from lightning_sage.ops import Rows, Visibility
 from lightning_sage.policy import SagePolicy
@@ -21,6 +21,8 @@ from lightning_sage.selections import Chosen
 
 # draws of one seed that must not be the same numbers
 KEEP_STREAM, REPLAY_STREAM = -1, -2
+# what calls without a mask share, by causality
+PLAIN = {causal: Visibility(causal) for causal in (False, True)}
 
 
 @dataclass
@@ -156,7 +158,7 @@ class Session:
     def visibility(self, mask: Tensor | None, causal: bool, valid: Tensor) -> Visibility:
         """What `mask` means; looked at once a forward, however many blocks share it."""
         if mask is None:
-            return Visibility(causal)
+            return PLAIN[causal]
         for known, version, for_valid, found in self._masks:
             # models slice the mask they share anew in every block
             same = known is mask or (known.shape, known.stride(), known.data_ptr()) == (
@@ -222,30 +224,30 @@ class Session:
         if causal not in facts.judged:
             queries, loss_rows = self.loss_rows(valid, causal)
             priority = self.policy.priority(valid, loss_rows)
-            facts.judged[causal] = Rows.of(queries), priority
-        counting, priority = facts.judged[causal]
+            facts.judged[causal] = Judged(Rows.of(queries), priority)
+        judged = facts.judged[causal]
         scores = None
         if keeper.needs_scores or (replayer is not None and replayer.saliency_in_replay):
             if seen:
-                scores = saliency(self.policy.saliency, seen, counting, valid)
+                scores = saliency(self.policy.saliency, seen, judged, facts)
             elif keeper.needs_scores:
                 raise ReplayError(
                     f"block '{name}' made no attention call that can be seen, and {keeper!r} needs "
                     "its saliency: use AllTokens() or RandomTokens(...)"
                 )
-        index = facts.every.index.view_as(valid)
-        noise = ops.uniform(int(seed), KEEP_STREAM, index) if keeper.random else index.double()
-        known = torch.zeros(valid.shape, dtype=torch.float64, device=valid.device)
-        chosen = keeper.keep(known if scores is None else scores, valid, priority, noise)
-        return chosen, scores
+        noise = judged.noise
+        if keeper.random:
+            noise = ops.uniform(int(seed), KEEP_STREAM, facts.every.index.view_as(valid))
+        known = judged.noise if scores is None else scores
+        return keeper.keep(known, valid, judged.priority, noise), scores
 
     def kept_rows(self, chosen: Chosen, facts: Facts, causal: bool) -> Rows:
         """The chosen rows, packed; waits for the device only where their number is news."""
         if not self.policy.keeper.fixed:
-            return Rows.of(chosen.rows)
+            return ops.rows_of(chosen.rows)
         if causal not in facts.fixed:
             facts.fixed[causal] = int(chosen.rows.sum())
-        return Rows.of(chosen.rows, facts.fixed[causal])
+        return ops.rows_of(chosen.rows, facts.fixed[causal])
 
 
 def _refuse_requests(config: Any, kwargs: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_sage.ops import reference, stock
 from lightning_sage.ops.reference import Dropout, How, dropout_mask, uniform
-from lightning_sage.ops.sight import Rows, Sight, Visibility, positions
+from lightning_sage.ops.sight import Rows, Sight, Visibility
 
 __all__ = [
     "Dropout",
@@ -33,9 +33,10 @@ __all__ = [
     "fused_attention",
     "gather_rows",
     "pack_rows",
-    "positions",
+    "picked",
     "row_dropout",
     "row_norms",
+    "rows_of",
     "scatter_rows",
     "uniform",
     "unpack_rows",
@@ -95,6 +96,24 @@ def _row_ops(x: Tensor) -> Any:
     from lightning_sage.ops import rows
 
     return rows
+
+
+def rows_of(chosen: Tensor, count: int | None = None) -> Rows:
+    """The rows where `chosen`, ``[B, T]`` bool, is True; see :func:`Rows.of`."""
+    B, T = chosen.shape
+    if count is None or count == B * T or not _kernels(chosen):
+        return Rows.of(chosen, count)
+    from lightning_sage.ops import rows as kernel
+
+    index, ends = kernel.rows_of(chosen, count)
+    found = Rows(index, B, T)
+    vars(found)["ends"] = ends
+    return found
+
+
+def picked(flags: Tensor, count: int | None = None) -> Tensor:
+    """Where `flags`, ``[N]`` bool, is True: int64; see :func:`Rows.of`."""
+    return rows_of(flags[None], count).index
 
 
 def gather_rows(x: Tensor, rows: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_sage.ops.dropout import wide_type
 from lightning_sage.ops.reference import LARGEST
+from lightning_sage.ops.tiles import count_below
 
 
 @triton.jit
@@ -77,16 +78,54 @@ def _warps(block: int) -> int:
 
 
 @triton.jit
+def _compact_kernel(flags, index, ends, T, N, BLOCK: tl.constexpr):
+    b = tl.program_id(0)
+    before = 0
+    for start in range(0, b * T, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        before += tl.sum(tl.load(flags + i, mask=i < b * T, other=0).to(tl.int32), axis=0)
+    for start in range(0, T, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        chosen = tl.load(flags + b * T + t, mask=t < T, other=0).to(tl.int32)
+        place = before + tl.cumsum(chosen, axis=0) - 1
+        # not beyond the room that there is, should the count be wrong
+        tl.store(index + place, (b * T + t).to(tl.int64), mask=(chosen > 0) & (place < N))
+        before += tl.sum(chosen, axis=0)
+    tl.store(ends + b + 1, before)
+    tl.store(ends, 0, mask=b == 0)
+
+
+def rows_of(chosen: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Where `chosen` is True, and how many rows come before each sample.
+
+    Args:
+        chosen: ``[B, T]`` bool.
+        count: How many there are.
+
+    Returns:
+        ``[count]`` int64, and ``[B + 1]`` int32.
+    """
+    B, T = chosen.shape
+    index = torch.empty(count, dtype=torch.int64, device=chosen.device)
+    ends = torch.empty(B + 1, dtype=torch.int32, device=chosen.device)
+    block = min(4096, triton.next_power_of_2(max(T, 16)))
+    flags = chosen.contiguous().view(torch.uint8)
+    _compact_kernel[(B,)](flags, index, ends, T, count, BLOCK=block, num_warps=_warps(block))
+    return index, ends
+
+
+@triton.jit
 def _scatter_kernel(
-    values, place, weights, base, out, T, base_b, base_t, C, WIDE: tl.constexpr,
+    values, rows, weights, base, out, N, T, base_b, base_t, C, WIDE: tl.constexpr,
     WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    i = tl.load(place + row).to(tl.int64)
+    # rows are sorted: found in a dozen steps, where a table of places would take three launches
+    i = tl.minimum(count_below(rows, N, row), N - 1).to(tl.int64)
     own = base + (row // T) * base_b + (row % T) * base_t + c
     target = out + row * C + c
-    if i < 0:
+    if tl.load(rows + i) != row:
         tl.store(target, tl.load(own, mask=c < C), mask=c < C)
     else:
         value = tl.load(values + i * C + c, mask=c < C)
@@ -105,18 +144,17 @@ def scatter_rows(
     flat = flat if flat.stride(2) == 1 else flat.contiguous()
     values = values.reshape(len(rows), flat.shape[2]).contiguous()
     out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
-    if out.numel() == 0:
-        return out
-    place = torch.full((B * T,), -1, dtype=torch.int32, device=base.device)
-    place.scatter_(0, rows, torch.arange(len(rows), dtype=torch.int32, device=base.device))
+    if out.numel() == 0 or not len(rows):
+        return out.copy_(base)
     C = flat.shape[2]
     block = _block(C)
     _scatter_kernel[B * T, triton.cdiv(C, block)](
         values,
-        place,
-        place if weights is None else weights.contiguous(),
+        rows,
+        rows if weights is None else weights.contiguous(),
         flat,
         out,
+        len(rows),
         T,
         *flat.stride()[:2],
         C,

@@ -89,8 +89,8 @@ class Rows:
     @cached_property
     def ends(self) -> Tensor:
         """``[B + 1]`` int32: rows of the samples before each, and of all."""
-        bounds = torch.arange(self.B + 1, device=self.index.device) * self.T
-        return torch.searchsorted(self.index, bounds).int()
+        bounds = torch.arange(0, self.B * self.T + 1, self.T, device=self.index.device)
+        return torch.searchsorted(self.index, bounds, out_int32=True)
 
     @cached_property
     def counts(self) -> list[int]:
@@ -177,6 +177,8 @@ class Sight:
         """
         rows, visible = self.rows, self.visible
         assert visible.mask is None
+        if self.own:
+            return self._own_spans()
         first = torch.zeros_like(rows.token) if visible.first is None else self._at(visible.first)
         if visible.stop is not None:
             stop = self._at(visible.stop)
@@ -190,6 +192,16 @@ class Sight:
             before = before.cumsum(1)
             first, stop = before[rows.sample, first], before[rows.sample, stop]
         return first.int(), stop.int()
+
+    def _own_spans(self) -> tuple[Tensor, Tensor]:
+        """Rows that see themselves: all of their sample, or those up to themselves."""
+        ends, sample = self.rows.ends, self.rows.sample
+        if self.visible.causal:
+            number = torch.arange(1, len(self.rows) + 1, dtype=torch.int32, device=ends.device)
+            stop = number - ends[sample]
+        else:
+            stop = ends.diff()[sample]
+        return torch.zeros_like(stop), stop
 
     def _at(self, x: Tensor) -> Tensor:
         return x[self.rows.sample if x.shape[0] > 1 else 0, self.rows.token]

@@ -42,7 +42,7 @@ def scatter_rows(
 
     Args:
         values: ``[N, ...]``.
-        rows: ``[N]`` int64, no row twice.
+        rows: ``[N]`` int64, rising.
         base: ``[B, T, ...]``, left as it is.
         weights: ``[N]``; None for 1.
 
