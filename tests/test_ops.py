@@ -560,6 +560,8 @@ def test_kernels_are_taken_where_they_are_asked_for(op, kernels, monkeypatch):
     at = pytest.importorskip(f"lightning_sage.ops.{module}")
     given = arguments(op, sights.build("own-causal", 2, 9))
     watch(monkeypatch, at, name)
+    # nothing is launched: as well where there is a GPU, and kernels are compiled
+    monkeypatch.setattr(ops, "_interpreted", lambda: True)
     with pytest.raises(Taken):
         getattr(ops, op)(*given)
     for choice in ("auto", "reference"):
@@ -603,3 +605,11 @@ def test_kernels_on_a_cpu_need_the_interpreter(kernels, monkeypatch):
     monkeypatch.setattr(ops, "_interpreted", lambda: False)
     with pytest.raises(RuntimeError, match=r"needs a GPU, or TRITON_INTERPRET=1.*use auto"):
         ops.gather_rows(torch.zeros(1, 1, 1), torch.zeros(1, dtype=torch.int64))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=name_dtype)
+def test_kernels_serve_on_a_gpu_but_for_float64(dtype, device, monkeypatch):
+    monkeypatch.delenv("LIGHTNING_SAGE_KERNELS", raising=False)
+    assert ops._kernels(torch.zeros(1, dtype=dtype, device=device)) == (dtype != torch.float64)
+    assert not ops._kernels(torch.zeros(1, dtype=dtype))
