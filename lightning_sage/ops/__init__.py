@@ -98,6 +98,14 @@ def _row_ops(x: Tensor) -> Any:
     return rows
 
 
+def _launched(function: Any, x: Tensor, *args: Any) -> Any:
+    """A launcher called with `x` first; kernels run on the current device, which may be another."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return function(x, *args)
+    return function(x, *args)
+
+
 def rows_of(chosen: Tensor, count: int | None = None) -> Rows:
     """The rows where `chosen`, ``[B, T]`` bool, is True; see :func:`Rows.of`."""
     B, T = chosen.shape
@@ -105,7 +113,7 @@ def rows_of(chosen: Tensor, count: int | None = None) -> Rows:
         return Rows.of(chosen, count)
     from lightning_sage.ops import rows as kernel
 
-    index, ends = kernel.rows_of(chosen, count)
+    index, ends = _launched(kernel.rows_of, chosen, count)
     found = Rows(index, B, T)
     vars(found)["ends"] = ends
     return found
@@ -118,7 +126,7 @@ def picked(flags: Tensor, count: int | None = None) -> Tensor:
 
 def gather_rows(x: Tensor, rows: Tensor, weights: Tensor | None = None) -> Tensor:
     """See :func:`lightning_sage.ops.reference.gather_rows`."""
-    found: Tensor = _row_ops(x).gather_rows(x, rows, weights)
+    found: Tensor = _launched(_row_ops(x).gather_rows, x, rows, weights)
     return found
 
 
@@ -126,13 +134,13 @@ def scatter_rows(
     values: Tensor, rows: Tensor, base: Tensor, weights: Tensor | None = None
 ) -> Tensor:
     """See :func:`lightning_sage.ops.reference.scatter_rows`."""
-    found: Tensor = _row_ops(base).scatter_rows(values, rows, base, weights)
+    found: Tensor = _launched(_row_ops(base).scatter_rows, values, rows, base, weights)
     return found
 
 
 def row_norms(x: Tensor, rows: Tensor) -> Tensor:
     """See :func:`lightning_sage.ops.reference.row_norms`."""
-    found: Tensor = _row_ops(x).row_norms(x, rows)
+    found: Tensor = _launched(_row_ops(x).row_norms, x, rows)
     return found
 
 
@@ -145,7 +153,8 @@ def _knows_float8(device: torch.device) -> bool:
 def pack_rows(x: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """See :func:`lightning_sage.ops.reference.pack_rows`."""
     fits = dtype == torch.int8 or _knows_float8(x.device)
-    values, scale = (_row_ops(x) if fits else reference).pack_rows(x, rows, dtype)
+    pack = (_row_ops(x) if fits else reference).pack_rows
+    values, scale = _launched(pack, x, rows, dtype)
     return values, scale
 
 
@@ -153,7 +162,7 @@ def unpack_rows(values: Tensor, scale: Tensor, chosen: Tensor | None, dtype: tor
     """See :func:`lightning_sage.ops.reference.unpack_rows`."""
     fits = values.dtype == torch.int8 or _knows_float8(values.device)
     ops = _row_ops(scale) if fits else reference
-    found: Tensor = ops.unpack_rows(values, scale, chosen, dtype)
+    found: Tensor = _launched(ops.unpack_rows, values, scale, chosen, dtype)
     return found
 
 
@@ -166,7 +175,8 @@ class _Dropout(torch.autograd.Function):
 
         ctx.save_for_backward(rows)
         ctx.settings = seed, call, p
-        return kernel.row_dropout(x, rows, seed, call, p)
+        dropped: Tensor = _launched(kernel.row_dropout, x, rows, seed, call, p)
+        return dropped
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -205,7 +215,8 @@ def attention_forward(
     if _attention_kernels(q, sight):
         from lightning_sage.ops import attention as kernel
 
-        return kernel.attention_forward(q, k, v, sight, how)
+        out, lse = _launched(kernel.attention_forward, q, k, v, sight, how)
+        return out, lse
     return reference.attention_forward(q, k, v, sight, how)
 
 
@@ -214,7 +225,8 @@ def attention_lse(q: Tensor, k: Tensor, sight: Sight, how: How) -> Tensor:
     if _attention_kernels(q, sight):
         from lightning_sage.ops import attention as kernel
 
-        return kernel.attention_lse(q, k, sight, how)
+        lse: Tensor = _launched(kernel.attention_lse, q, k, sight, how)
+        return lse
     return reference.attention_lse(q, k, sight, how)
 
 
@@ -225,7 +237,8 @@ def attention_received(
     if _attention_kernels(q, sight):
         from lightning_sage.ops import saliency as kernel
 
-        return kernel.attention_received(q, k, lse, weights, sight, how)
+        received: Tensor = _launched(kernel.attention_received, q, k, lse, weights, sight, how)
+        return received
     return reference.attention_received(q, k, lse, weights, sight, how)
 
 
@@ -262,7 +275,9 @@ def attention_backward(
     if _attention_kernels(q, sight):
         from lightning_sage.ops import attention as kernel
 
-        return kernel.attention_backward(grad, q, k, v, out, lse, sight, how, all_keys)
+        given = (grad, q, k, v, out, lse, sight, how, all_keys)
+        dq, dk, dv = _launched(kernel.attention_backward, *given)
+        return dq, dk, dv
     found = _select(reference.attention_backward, grad, q, k, v, out, lse, sight, how, all_keys)
     assert found is not None
     return found
