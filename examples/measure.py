@@ -149,6 +149,7 @@ def methods(base: Setting) -> list[Setting]:
     """The standard contenders."""
     policies = (
         SagePolicy(keep=0.25),
+        SagePolicy(keep=0.25, cache_dtype="int8"),
         SagePolicy(keep=0.25, attention="full"),
         SagePolicy(keep=0.1, unselected="skip"),
         SagePolicy(),

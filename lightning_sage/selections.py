@@ -122,13 +122,13 @@ _plans = WeakTensorKeyDictionary()
 
 def _plan(fraction: float, valid: Tensor, priority: Tensor) -> tuple[Tensor, Tensor]:
     """What lifts scores by their priority, and which ranks are in: ``[B, T]`` each."""
-    found: tuple[Tensor, Tensor] | None = _plans.get(priority, {}).get(fraction)
-    if found is None:
+    plans = _plans.setdefault(priority, {})
+    if fraction not in plans or plans[fraction][0] is not valid:
         lift = (2.0 * priority).double().masked_fill(~valid, float("-inf"))
         ranks = torch.arange(valid.shape[1], device=valid.device)
-        found = lift, ranks < _budget(fraction, valid, priority).unsqueeze(-1)
-        _plans.setdefault(priority, {})[fraction] = found
-    return found
+        plans[fraction] = valid, lift, ranks < _budget(fraction, valid, priority).unsqueeze(-1)
+    _, lift, ranks = plans[fraction]
+    return lift, ranks
 
 
 def _keep_fraction(fraction: float, scores: Tensor, valid: Tensor, priority: Tensor) -> Chosen:

@@ -1,6 +1,9 @@
 """What a step costs besides the model: waits for the device, lingering tensors, room for pairs."""
 
+import cProfile
 import gc
+import pstats
+import warnings
 import weakref
 
 import pytest
@@ -102,6 +105,30 @@ def test_the_judge_of_waits_can_tell():
         x[torch.ones(1, dtype=torch.int64)]
         x.masked_fill(x > 1, 0.0)
     assert sorted(found) == ["equal", "index", "local_scalar_dense", "nonzero", "tolist"]
+
+
+def calls(model, batch):
+    """Calls of Python functions in one step: what keeps a GPU fed, or does not."""
+    for _ in range(2):
+        model(**batch).loss.backward()
+    profile = cProfile.Profile()
+    profile.enable()
+    model(**batch).loss.backward()
+    profile.disable()
+    return pstats.Stats(profile).total_calls
+
+
+def test_a_step_makes_fewer_python_calls_than_gradient_checkpointing():
+    model, batch = zoo.build("llama", lora=True), zoo.make_batch("llama", None)
+    with install(model, SagePolicy(keep=0.25, replay=None)):
+        sparse = calls(model, batch)
+    dense = calls(model, batch)
+    with warnings.catch_warnings():
+        # transformers 5.2x renamed it
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpointed = calls(model, batch)
+    assert dense < sparse < checkpointed
 
 
 class Made(TorchDispatchMode):

@@ -150,7 +150,7 @@ def scatter_rows(
     block = _block(C)
     _scatter_kernel[B * T, triton.cdiv(C, block)](
         values,
-        rows,
+        rows.contiguous(),
         rows if weights is None else weights.contiguous(),
         flat,
         out,
