@@ -33,7 +33,7 @@ from lightning_sage.ops import dropout as dropping
 
 NAMES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "i8",
-    torch.float8_e4m3fn: "fp8e4nv", torch.int32: "i32", torch.int64: "i64",
+    torch.uint8: "u8", torch.float8_e4m3fn: "fp8e4nv", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 
 
@@ -107,6 +107,7 @@ def launches(dtype, width, arch):
         rows.scatter_rows(rows.gather_rows(x, index, given), index, x, given)
         take(variant)
     rows.row_norms(x, index)
+    rows.rows_of(torch.ones(B, T, dtype=torch.bool), 64)
     dropping.row_dropout(x[0, :64], index, 1, 1, 0.1)
     take("rows")
     # fp8 is the reference's where a GPU does not know it

@@ -348,6 +348,20 @@ def test_rows_move_exactly(view, C, device):
         assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (3, 9), (5, 64), (2, 4100)], ids="B{0[0]}-T{0[1]}".format)
+@pytest.mark.parametrize("share", [0, 0.01, 0.6, 1])
+def test_rows_are_found_where_their_number_is_known(share, size, device):
+    chosen = (torch.rand(size) < share).to(device)
+    for flags in (chosen, chosen.t().contiguous().t()):
+        expected = Rows.of(flags)
+        got = ops.rows_of(flags, len(expected))
+        assert torch.equal(got.index, expected.index)
+        assert torch.equal(got.ends, expected.ends)
+        assert (got.index.dtype, got.ends.dtype) == (torch.int64, torch.int32)
+        assert got.index.untyped_storage().nbytes() == 8 * len(expected)
+    assert torch.equal(ops.picked(chosen[0], int(chosen[0].sum())), chosen[0].nonzero().squeeze(1))
+
+
 @pytest.mark.parametrize("share", [0, 1], ids=["none", "all"])
 def test_none_or_all_of_the_rows_move(share, device):
     x = torch.randn(2, 5, 6, device=device)
