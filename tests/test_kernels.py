@@ -372,6 +372,15 @@ def test_none_or_all_of_the_rows_move(share, device):
     assert torch.equal(out, values.view(2, 5, 6) if share else x)
 
 
+def test_what_lies_behind_the_rows_is_none_of_them(device):
+    """Rows that are part of a longer list, as a search could run over their end."""
+    longer, x = torch.tensor([0, 3, 4, 8], device=device), torch.randn(1, 10, 6, device=device)
+    values = torch.randn(4, 6, device=device)
+    for part in (slice(0, 3), slice(1, 4), slice(1, 3)):
+        got = ops.scatter_rows(values[part], longer[part], x)
+        assert torch.equal(got, reference.scatter_rows(values[part], longer[part], x))
+
+
 def test_wide_rows_take_several_programs(device):
     x, index = torch.randn(1, 3, 8200, device=device), torch.tensor([0, 2], device=device)
     assert torch.equal(ops.gather_rows(x, index), x[0, index])
