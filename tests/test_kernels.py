@@ -677,8 +677,8 @@ def assert_compiled_well(found):
         faults = {
             # what a consumer card has for one program
             "shared memory": line["shared"] > 99 * 1024,
-            # float32 has no tensor cores, and tiles that wait in registers
-            "spills": line["stack"] > (256 if short else 512),
+            # float32 has no tensor cores: its products are unrolled, and spill
+            "spills": short and line["stack"] > 256,
             "no tensor cores": products and short and not line["wgmma"] + line["mma"],
             "no wgmma": line["kernel"] == "_forward_kernel"
             and short
