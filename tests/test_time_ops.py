@@ -11,11 +11,11 @@ TINY = "--batch 2 --tokens 12 --keep 0.5 --width 32 --mlp 48 --heads 4 --key_hea
 
 
 @pytest.fixture
-def kernels(monkeypatch):
+def time_ops(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    import kernels
+    import time_ops
 
-    return kernels
+    return time_ops
 
 
 def clock(run):
@@ -24,11 +24,11 @@ def clock(run):
     return 1e3 * (perf_counter() - start)
 
 
-def test_every_op_is_timed(kernels, tmp_path, capsys, monkeypatch):
+def test_every_op_is_timed(time_ops, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("LIGHTNING_SAGE_KERNELS", "triton")
     out = tmp_path / "kernels.jsonl"
     options = [*TINY.split(), "--dtype", "float32", "--device", "cpu", "--out", str(out)]
-    kernels.main(options, clock)
+    time_ops.main(options, clock)
     records = [json.loads(line) for line in out.read_text().splitlines()]
     printed = capsys.readouterr().out
     assert all(record["op"] in printed and record["ms"] > 0 for record in records)
@@ -39,8 +39,8 @@ def test_every_op_is_timed(kernels, tmp_path, capsys, monkeypatch):
     assert records[0]["config"]["tokens"] == 12
 
 
-def test_without_a_gpu_it_says_so(kernels, capsys, monkeypatch):
+def test_without_a_gpu_it_says_so(time_ops, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit, match="2"):
-        kernels.main([])
+        time_ops.main([])
     assert "there is none here" in capsys.readouterr().err

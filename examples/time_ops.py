@@ -1,7 +1,7 @@
 """Time the ops alone: rows against the copy bandwidth, saliency against a block, attention.
 
-    python examples/kernels.py                     # on a GPU, three minutes; one line of JSON each
-    python examples/kernels.py --tokens 32768 --batch 1
+    python examples/time_ops.py                     # on a GPU, three minutes; one line of JSON each
+    python examples/time_ops.py --tokens 32768 --batch 1
 
 Shapes are those of one block of Llama-3.1-8B, in bfloat16, random data. A kernel on rows is judged
 by the bytes it has to move over the time it takes, against a device-to-device copy measured in the
@@ -197,7 +197,7 @@ def main(arguments: list[str] | None = None, timer: Timer | None = None) -> None
     command = auto_cli(Command, as_positional=False, args=arguments)
     if timer is None:
         if not torch.cuda.is_available():
-            print("kernels.py times kernels on a GPU, and there is none here", file=sys.stderr)
+            print("time_ops.py times kernels on a GPU, and there is none here", file=sys.stderr)
             raise SystemExit(2)
         from triton.testing import do_bench
 
