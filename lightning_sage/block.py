@@ -85,7 +85,7 @@ def _keep_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
     if kept.probability is not None:
         cache.probability = kept.probability.flatten()[rows.index]
     if wrapped.chooses:
-        session.skip_rows = kept.rows
+        session.skip_rows = kept.rows, rows
     _record(job, facts, kept.rows, cache)
     return out, cache
 
@@ -93,10 +93,12 @@ def _keep_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
 def _skip_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
     """Forward of the rows that an earlier block chose; the others pass unchanged."""
     session, packing = job.session, job.session.policy.cache_dtype
-    chosen, facts = session.skip_rows, session.facts(hidden)
-    if chosen is None or chosen.shape != hidden.shape[:2]:
+    facts = session.facts(hidden)
+    if session.skip_rows is None or session.skip_rows[0].shape != hidden.shape[:2]:
         raise ReplayError("unselected='skip' found no choice made by an earlier block of this pass")
-    rows = Rows.of(chosen)
+    chosen, rows = session.skip_rows
+    if not len(rows):
+        raise ReplayError("unselected='skip' has no token to run: the batch is padding alone")
     own = ops.gather_rows(hidden, rows.index)
     # blocks differ in their masks (sliding windows between full attention)
     mask = job.arguments.mask()

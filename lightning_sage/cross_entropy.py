@@ -253,13 +253,13 @@ def _loss(
     fused = plain and torch.is_grad_enabled() and len(targets) > 0
     with_kernel = _kernel(head, hidden.device) if fused else "slices"
     if with_kernel == "slices":
-        mean = _in_slices(head, hidden, targets, max(1, LOGITS // vocabulary)) / len(targets)
+        summed = _in_slices(head, hidden, targets, max(1, LOGITS // vocabulary))
     else:
-        mean = _fused(with_kernel, head, hidden, targets)
+        summed = _fused(with_kernel, head, hidden, targets) * len(targets)
     items = kwargs.get("num_items_in_batch")
     if items is None:
-        return mean
-    return mean * len(targets) / (items.to(mean.device) if isinstance(items, Tensor) else items)
+        return summed / len(targets)
+    return summed / (items.to(summed.device) if isinstance(items, Tensor) else items)
 
 
 def _fused(with_kernel: Kernel, head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:

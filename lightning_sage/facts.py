@@ -67,7 +67,7 @@ class Facts:
         for known, rows in self.keys:
             if known is visible.keys:
                 return rows
-        rows = Rows.of(visible.keys)
+        rows = Rows.of(visible.keys, self.count if visible.keys is self.valid else None)
         self.keys.append((visible.keys, rows))
         return rows
 

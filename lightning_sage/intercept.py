@@ -180,7 +180,7 @@ class Tap(TorchFunctionMode):
             dropout,
             run,
         )
-        out = self.handler.attention(_checked(call))
+        out = self.handler.attention(_checked(_as_autocast(call)))
         return out.transpose(1, 2), weights
 
 
@@ -202,7 +202,7 @@ def _checked(call: AttentionCall) -> AttentionCall:
 
 
 def _as_autocast(call: AttentionCall) -> AttentionCall:
-    """What autocast does to SDPA's inputs, which the fused ops below it do not do themselves."""
+    """What autocast does to the inputs of SDPA and of products, which the ops below do not do."""
     device = call.q.device.type
     if not torch.is_autocast_enabled(device):
         return call

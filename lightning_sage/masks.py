@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_sage.ops import Visibility
 
@@ -79,3 +82,21 @@ def _look(mask: Tensor, valid: Tensor, order: Tensor, start: int) -> tuple[Tenso
         exact & (runs | idle).all(),
     )
     return torch.stack([first, stop]), torch.stack(facts)
+
+
+class Looked:
+    """A mask that was looked at, and what it means; it may be gone by now, and is not held."""
+
+    def __init__(self, mask: Tensor, valid: Tensor, visible: Visibility) -> None:
+        self.storage = StorageWeakRef(mask.untyped_storage())
+        self.marks, self.valid, self.visible = self._marks(mask), valid, visible
+
+    @staticmethod
+    def _marks(mask: Tensor) -> tuple[Any, ...]:
+        # models slice the mask they share anew in every block: the tensor is another each time
+        return mask.data_ptr(), mask.shape, mask.stride(), mask.dtype, mask._version
+
+    def is_of(self, mask: Tensor, valid: Tensor) -> bool:
+        """Whether `mask` is this one, unchanged."""
+        alive = not self.storage.expired()
+        return alive and self.valid is valid and self.marks == self._marks(mask)

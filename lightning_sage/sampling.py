@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_sage.selections import Chosen, Selection, checked_fraction, share
+from lightning_sage.selections import Chosen, Selection, checked_fraction, running_sum, share
 
 
 class ImportanceSampling(Selection):
@@ -37,7 +37,7 @@ class ImportanceSampling(Selection):
         Rows of a priority are certain, so far as they leave half of the budget to be drawn: else
         the other rows would never be in, or with a weight beyond all bounds.
         """
-        budget = (valid.sum() * self.fraction).ceil()
+        budget = (valid.sum().double() * self.fraction - 5e-7).ceil()
         certain = torch.zeros_like(valid)
         for rows in (priority >= 2, priority > 0):
             certain = torch.where(rows.sum() <= budget / 2, rows, certain)
@@ -75,7 +75,7 @@ def _draw(probability: Tensor, noise: Tensor, budget: Tensor) -> Chosen:
     """
     flat = torch.where(probability >= 1 - 1e-9, 1.0, probability).flatten()
     order = ((flat > 0).long() + (flat < 1).long() * (flat > 0)).argsort(stable=True)
-    ends = flat[order].cumsum(0)
+    ends = running_sum(flat[order])
     point = torch.arange(len(flat), device=flat.device)
     # rounding may leave the last point behind the last end
     at = torch.searchsorted(ends, point + noise.flatten()[:1], right=True).clamp(max=len(flat) - 1)
@@ -89,7 +89,7 @@ def _draw(probability: Tensor, noise: Tensor, budget: Tensor) -> Chosen:
 def _inclusion(weights: Tensor, budget: Tensor) -> Tensor:
     """``min(1, c * weights)`` summing to `budget`: tries every number of certain rows at once."""
     ordered = weights.sort(descending=True).values
-    rest = ordered.flip(0).cumsum(0).flip(0)
+    rest = running_sum(ordered.flip(0)).flip(0)
     certain = torch.arange(len(weights), device=weights.device)
     scale = (budget - certain).clamp(min=0) / rest.clamp(min=1e-300)
     # the first count at which the largest remaining row need not be certain

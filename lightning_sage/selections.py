@@ -42,13 +42,22 @@ class Selection:
         random: Whether it looks at the noise.
         saliency_in_replay: Whether `replay` looks at the saliency.
         fixed: Whether the number of rows that `keep` chooses follows from padding and priorities
-            alone, so that a GPU need not be asked for it in every block.
+            alone, so that a GPU need not be asked for it in every block. A promise: rows are
+            missing, or not those chosen, where it is broken. It does not pass to a subclass with a
+            `keep` of its own, nor does :func:`Selection.replay_count` with a `replay`.
     """
 
     needs_scores = True
     random = False
     saliency_in_replay = False
     fixed = False
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if "keep" in vars(cls) and "fixed" not in vars(cls):
+            cls.fixed = False
+        if "replay" in vars(cls) and "replay_count" not in vars(cls):
+            setattr(cls, "replay_count", Selection.replay_count)  # noqa: B010 - a method
 
     def keep(self, scores: Tensor, valid: Tensor, priority: Tensor, noise: Tensor) -> Chosen:
         """Choose the rows to keep, per sample.
@@ -110,7 +119,8 @@ def _ranked(scores: Tensor, priority: Tensor, eligible: Tensor) -> Tensor:
 
 def _budget(fraction: float, valid: Tensor, priority: Tensor) -> Tensor:
     """Rows a sample may keep: its fraction, rounded up; rows always in take none from loss rows."""
-    share = (valid.sum(-1) * fraction).ceil().long()
+    # rounded down by a hair, as `share` does: 0.15 of 100 is 15
+    share = (valid.sum(-1).double() * fraction - 5e-7).ceil().long()
     loss_rows = (priority % 2 == 1).sum(-1).minimum(share)
     needed = loss_rows + (priority == 2).sum(-1)
     return share.maximum(needed).maximum((priority >= 2).sum(-1))
@@ -251,9 +261,20 @@ class GradientMass(Selection):
         return Chosen(_top(scores, count))
 
 
+def running_sum(x: Tensor) -> Tensor:
+    """`x` summed along its last axis up to each entry.
+
+    CUDA sums floats in no fixed order, which `torch.use_deterministic_algorithms` refuses: then it
+    is done on the host.
+    """
+    if x.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return x.cpu().cumsum(-1).to(x.device)
+    return x.cumsum(-1)
+
+
 def _mass_count(scores: Tensor, mass: float) -> Tensor:
     """How many of the largest scores, along the last axis, hold `mass` of the sum."""
-    total = scores.sort(dim=-1, descending=True).values.cumsum(-1)
+    total = running_sum(scores.sort(dim=-1, descending=True).values)
     # a hair less than the share, so that rounding never asks for one token more
     return (total < mass * (1 - 1e-12) * total[..., -1:]).sum(-1) + 1
 

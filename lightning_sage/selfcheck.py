@@ -226,6 +226,8 @@ class _Comparer:
         attended = [kept.out.values.dtype for kept in self.replayer.kept[:1]]
         if attended and want.dtype.itemsize > attended[0].itemsize:
             allowed = TOLERANCE[attended[0]]
+        if error != error:
+            raise ReplayError(f"its {what} is not finite: are its weights, or what enters it?")
         if not error <= allowed:
             raise ReplayError(
                 f"a replay of some rows gives another {what} than the forward (relative error "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_sage import ops
 from lightning_sage.arguments import ReplayError
 from lightning_sage.facts import Facts, Judged
-from lightning_sage.masks import visibility
+from lightning_sage.masks import Looked, visibility
 from lightning_sage.ops import Rows, Visibility
 from lightning_sage.policy import SagePolicy
 from lightning_sage.replay import Recorder, Seed, Seen
@@ -80,13 +80,14 @@ class Session:
         self.force_check = False
         self.measure_dense = False
         self.dense_bytes: dict[int, int] = {}
-        self.skip_rows: Tensor | None
+        self.skip_rows: tuple[Tensor, Rows] | None
         self._reset()
 
     def _reset(self) -> None:
         self._inside: list[nn.Module] = []
-        self._said: dict[str, Any] = {}
-        self._masks: list[tuple[Tensor, int, Tensor, Visibility]] = []
+        # what each module that is being called was told, its callers' keywords included
+        self._said: list[dict[str, Any]] = []
+        self._masks: list[Looked] = []
         self._facts: list[Facts] = []
         self.skip_rows = None
 
@@ -115,29 +116,33 @@ class Session:
             # further in, a model hands on a cache of its own making
             if len(self._inside) == 1:
                 _refuse_cache(kwargs)
+        said = dict(self._said[-1]) if self._said else {}
         labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
         if isinstance(labels, Tensor):
-            self._said |= {"labels": labels, "owner": type(module).__name__}
+            said |= {"labels": labels, "owner": type(module).__name__}
         # an encoder is handed the mask of pairs under the same name
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            self._said["attention_mask"] = mask
+            said["attention_mask"] = mask
+        self._said.append(said)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of every module above a block, also called when the forward raised."""
         if module in self._inside:
-            del self._inside[self._inside.index(module) :]
+            place = self._inside.index(module)
+            del self._inside[place:], self._said[place:]
         if not self._inside:
             self._reset()
 
     def _heard(self, name: str) -> Any:
-        value = self._said.get(name)
+        value = self._said[-1].get(name) if self._said else None
         return value if value is not None else self.batch.get(name)
 
     def facts(self, hidden: Tensor) -> Facts:
         """What is known of the batch whose hidden states ``[B, T, C]`` these are."""
         B, T, _ = hidden.shape
         mask, labels = self._heard("attention_mask"), self._heard("labels")
-        heard = (B, T, hidden.device, mask, labels, self._said.get("owner"))
+        versions = (x._version if isinstance(x, Tensor) else None for x in (mask, labels))
+        heard = (B, T, hidden.device, mask, labels, self._heard("owner"), *versions)
         for known in self._facts:
             if known.about(heard):
                 return known
@@ -159,17 +164,13 @@ class Session:
         """What `mask` means; looked at once a forward, however many blocks share it."""
         if mask is None:
             return PLAIN[causal]
-        for known, version, for_valid, found in self._masks:
-            # models slice the mask they share anew in every block
-            same = known is mask or (known.shape, known.stride(), known.data_ptr()) == (
-                mask.shape, mask.stride(), mask.data_ptr()
-            )  # fmt: skip
-            if same and version == mask._version and for_valid is valid:
-                return found
+        for known in self._masks:
+            if known.is_of(mask, valid):
+                return known.visible
         found = visibility(mask, causal, valid)
         # outside of any forward seen from above nobody would forget it again
         if self._inside:
-            self._masks = [*self._masks[-3:], (mask, mask._version, valid, found)]
+            self._masks = [*self._masks[-3:], Looked(mask, valid, found)]
         return found
 
     def loss_rows(self, valid: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
@@ -204,7 +205,7 @@ class Session:
         if not per_token:
             return (last, last) if causal else (valid, valid & (order == 1))
         labelled = labels.to(valid.device) != -100
-        owner = self._said.get("owner", "")
+        owner = self._heard("owner") or ""
         # a prefix that is seen both ways leaves a language model's labels shifted
         causal = causal or any(kind in owner for kind in ("CausalLM", "ConditionalGeneration"))
         if causal and "TokenClassification" not in owner:

@@ -35,6 +35,7 @@ FIXED = {
     "keep0.25-idle-draw": SagePolicy(keep=0.25, replay=ImportanceSampling(0.9)),
     "drawn": SagePolicy(keep=AllTokens(), replay=ImportanceSampling(0.3)),
     "keep-drawn": SagePolicy(keep=ImportanceSampling(0.4), replay=None),
+    "skip": SagePolicy(keep=0.25, replay=None, unselected="skip"),
     "int8": SagePolicy(keep=0.25, replay=0.1, cache_dtype="int8"),
     "full": SagePolicy(keep=0.25, replay=None, attention="full"),
 }

@@ -1,8 +1,8 @@
 """The door to the ops: Triton kernels on a GPU, PyTorch's fused attention, or the reference.
 
 The meaning of each is in :mod:`lightning_sage.ops.reference`. The environment variable
-`LIGHTNING_SAGE_KERNELS` forces a choice: `triton` (on a CPU in Triton's interpreter), `reference`,
-or `auto`.
+`LIGHTNING_SAGE_KERNELS` forces a choice: `triton` (on a CPU in Triton's interpreter) wherever a
+kernel can serve, `reference`, or `auto`. The dense forward is the model's own in each.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _kernels(x: Tensor) -> bool:
     if choice == "auto":
         # tensor cores know float64 only in some layouts: where it is used, speed is not the point
         return x.is_cuda and x.dtype != torch.float64 and _has_triton()
-    if choice == "triton" and x.device.type == "cpu" and not _interpreted():
+    if choice == "triton" and not x.is_cuda and not _interpreted():
         raise RuntimeError(
             f"{VARIABLE}=triton needs a GPU, or TRITON_INTERPRET=1 before lightning_sage's kernels "
             "are first imported; use auto"
@@ -82,11 +82,8 @@ def _kernels(x: Tensor) -> bool:
     return choice == "triton"
 
 
-@cache
 def _interpreted() -> bool:
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
+    return _has_triton() and os.environ.get("TRITON_INTERPRET", "") in ("1", "true")
 
 
 def _row_ops(x: Tensor) -> Any:
@@ -200,8 +197,11 @@ def fused_attention(
 
 
 def _attention_kernels(q: Tensor, sight: Sight) -> bool:
-    """Whether the attention kernels can serve: they take intervals of keys, not masks."""
-    return sight.visible.mask is None and _kernels(q)
+    """Whether the attention kernels can serve: they take intervals of keys, not masks.
+
+    Heads wider than 256 would not fit the shared memory of most cards.
+    """
+    return sight.visible.mask is None and q.shape[2] <= 256 and _kernels(q)
 
 
 def attention_forward(

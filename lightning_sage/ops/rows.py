@@ -106,7 +106,8 @@ def rows_of(chosen: Tensor, count: int) -> tuple[Tensor, Tensor]:
         ``[count]`` int64, and ``[B + 1]`` int32.
     """
     B, T = chosen.shape
-    index = torch.empty(count, dtype=torch.int64, device=chosen.device)
+    # zeros: rows that exist, should the count be wrong
+    index = torch.zeros(count, dtype=torch.int64, device=chosen.device)
     ends = torch.empty(B + 1, dtype=torch.int32, device=chosen.device)
     block = min(4096, triton.next_power_of_2(max(T, 16)))
     flags = chosen.contiguous().view(torch.uint8)

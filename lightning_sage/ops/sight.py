@@ -24,8 +24,8 @@ def positions(flags: Tensor, count: int | None = None) -> Tensor:
     if count is None:
         return flags.nonzero().squeeze(1)
     # each goes to its place, those that are not chosen to one behind the last
-    place = torch.where(flags, flags.cumsum(0) - 1, count)
-    found = torch.empty(count + 1, dtype=torch.int64, device=flags.device)
+    place = torch.where(flags, flags.cumsum(0) - 1, count).clamp(max=count)
+    found = torch.zeros(count + 1, dtype=torch.int64, device=flags.device)
     found.scatter_(0, place, torch.arange(len(flags), device=flags.device))
     # a view would keep the place behind the last
     return found[:count].clone()

@@ -17,7 +17,7 @@ from lightning_sage.ops.reference import How
 from lightning_sage.ops.sight import Rows, Sight, Visibility, packed
 
 # torch.nn.attention.SDPBackend; the enum's members are not plain integers
-FLASH, EFFICIENT = 1, 2
+FLASH, EFFICIENT, CUDNN = 1, 2, 3
 
 
 def forward(
@@ -40,25 +40,91 @@ def forward(
     choice = torch._fused_sdp_choice(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
-    if choice == FLASH and q.device.type == "cpu" and _agrees("cpu", q.dtype):
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, attn_mask=_additive(mask, q.dtype), scale=scale
-        )
-        return out, lse
-    if choice == FLASH and q.is_cuda and q.shape[-1] % 8 == 0 and _agrees("cuda", q.dtype):
-        result = torch.ops.aten._scaled_dot_product_flash_attention(
-            q, k, v, 0.0, causal, False, scale=scale
-        )
-        return result[0], result[1]
-    if choice == EFFICIENT and not grouped and mask is None:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-            q, k, v, None, True, 0.0, causal, scale=scale
-        )
-        return out, lse[..., : q.shape[2]]
+    if _tells(choice, str(q.device), q.dtype, q.shape[-1], mask is not None):
+        try:
+            return _chosen_forward(choice, q, k, v, mask, causal, scale)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            # a shape that SDPA itself prepares in a way of its own
+            pass
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
     return out, None
+
+
+def _chosen_forward(
+    choice: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The op behind SDPA's choice, which gives its log-sum-exp too."""
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=_additive(mask, q.dtype), scale=scale
+        )
+        return out, lse
+    if choice == FLASH:
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(
+            q, k, v, 0.0, causal, False, scale=scale
+        )
+        return out, lse
+    bias = None if mask is None else _aligned(mask, q, k)
+    if choice == CUDNN:
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+            q, k, v, bias, True, 0.0, causal, False, scale=scale
+        )
+        return out, lse.reshape(q.shape[:3])
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(
+        q, k, v, bias, True, 0.0, causal, scale=scale
+    )
+    return out, lse[..., : q.shape[2]]
+
+
+def _aligned(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """A mask as the bias that the kernels take: rows at multiples of 16 numbers, heads expanded."""
+    *leading, T = mask.shape
+    bias = mask.new_zeros(*leading, -(-T // 16) * 16, dtype=q.dtype)[..., :T]
+    if mask.dtype == torch.bool:
+        bias.masked_fill_(~mask, float("-inf"))
+    else:
+        bias.copy_(mask)
+    return bias.expand(*q.shape[:3], k.shape[2])
+
+
+@cache
+def _tells(choice: int, device: str, dtype: torch.dtype, width: int, masked: bool) -> bool:
+    """Whether the op behind SDPA's choice gives here the log-sum-exp that the reference gives."""
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return choice == FLASH and _agrees(device, dtype)
+    if kind != "cuda" or choice not in (FLASH, EFFICIENT, CUDNN) or width % 8:
+        return False
+    every = Rows.every(2, 24, torch.device(device))
+    q, k, v = _ramps(every, 4, 4, width, dtype)
+    visible = Visibility(causal=True)
+    expected = reference.attention_forward(q, k, v, Sight(every, every, visible), How(0.25))
+    q, k, v = (x.to(dtype).unflatten(0, (2, 24)).transpose(1, 2) for x in (q, k, v))
+    mask = torch.ones(24, 24, dtype=torch.bool, device=device).tril()[None, None]
+    try:
+        got = _chosen_forward(choice, q, k, v, mask if masked else None, not masked, 0.25)
+    except (RuntimeError, TypeError, AttributeError, NotImplementedError):
+        return False
+    rows = (x.transpose(1, 2).flatten(0, 1) for x in (got[0], got[1]))
+    return all(_close(x, y, dtype) for x, y in zip(rows, expected, strict=True))
+
+
+def _ramps(rows: Rows, heads: int, keys: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    """Queries, keys and values in float64 that `dtype` can hold; no draw from a generator."""
+    size = (len(rows), heads, width), (len(rows), keys, width), (len(rows), keys, width)
+    found = []
+    for shape, step in zip(size, (0.7, 0.3, 0.9), strict=True):
+        count = shape[0] * shape[1] * shape[2]
+        ramp = torch.arange(count, dtype=torch.float64, device=rows.index.device)
+        # as large as products of few numbers are, whatever the width
+        wave = torch.sin(ramp * step) * (16 / width) ** 0.5
+        found.append(wave.view(shape).to(dtype).double())
+    return found
 
 
 def attention_forward(
@@ -107,8 +173,10 @@ def _serves(q: Tensor, v: Tensor, sight: Sight, how: How) -> bool:
         return False
     if q.shape[2] != v.shape[2] or not len(q):
         return False
-    fits = q.device.type == "cpu" or (q.shape[2] % 8 == 0 and q.shape[2] <= 256)
-    return fits and _agrees(q.device.type, q.dtype)
+    if q.device.type == "cpu":
+        return _agrees("cpu", q.dtype)
+    width = q.shape[2]
+    return width % 8 == 0 and width <= 256 and _agrees(str(q.device), q.dtype, width)
 
 
 def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -160,8 +228,7 @@ def _cuda_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grad, q, k, v, out = (x.contiguous() for x in (grad, q, k, v, out))
     ends, most = sight.rows.ends, sight.rows.most
-    philox = torch.zeros(2, dtype=torch.uint64, device=q.device)
-    none = torch.empty(0, dtype=torch.uint64, device=q.device)
+    philox, none = _no_philox(q.device)
     dq, dk, dv = torch.ops.aten._flash_attention_backward(
         grad, q, k, v, out, lse.t().contiguous(), ends, ends, most, most, 0.0,
         sight.visible.causal, philox, none, scale=scale,
@@ -170,32 +237,38 @@ def _cuda_backward(
 
 
 @cache
-def _agrees(device: str, dtype: torch.dtype) -> bool:
+def _no_philox(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The state of a dropout that there is not."""
+    philox = torch.zeros(2, dtype=torch.uint64, device=device)
+    return philox, torch.empty(0, dtype=torch.uint64, device=device)
+
+
+@cache
+def _agrees(device: str, dtype: torch.dtype, width: int = 16) -> bool:
     """Whether forward and backward of the fused ops mean here what the reference says."""
-    if device == "cuda" and dtype not in (torch.float16, torch.bfloat16):
+    kind = torch.device(device).type
+    if kind == "cuda" and dtype not in (torch.float16, torch.bfloat16):
         return False
-    if device not in ("cpu", "cuda") or not dtype.is_floating_point:
+    if kind not in ("cpu", "cuda") or not dtype.is_floating_point:
         return False
-    # a fixed problem: no draw from the user's generator. Rows left out are the case that decides,
-    # and a sample without any is one that a kernel may have forgotten
+    # rows left out are the case that decides, and a sample without any is one that a kernel may
+    # have forgotten
     chosen = torch.ones(3, 24, dtype=torch.bool, device=device)
     chosen[0, 1::2] = chosen[1] = False
     some, every = Rows.of(chosen), Rows.every(3, 24, chosen.device)
-    ramp = torch.arange(72 * 4 * 16, dtype=torch.float64, device=device)
-    q, grad = (torch.sin(ramp * f).view(72, 4, 16) for f in (0.7, 0.13))
-    k, v = (torch.cos(ramp * f)[: 72 * 2 * 16].view(72, 2, 16) for f in (0.3, 0.9))
-    q, k, v, grad = (x.to(dtype).double() for x in (q, k, v, grad))
+    q, k, v = _ramps(every, 4, 2, width, dtype)
+    grad = q.flip(0)
     visible, how = Visibility(causal=True), How(0.25)
     dense = reference.attention_forward(q, k, v, Sight(every, every, visible), how)
     out, lse = (x[some.index] for x in dense)
     q, k, v, grad = (x[some.index] for x in (q, k, v, grad))
     sight = Sight(some, some, visible)
-    expected = [*reference.attention_forward(q, k, v, sight, how)] if device == "cuda" else []
+    expected = [*reference.attention_forward(q, k, v, sight, how)] if kind == "cuda" else []
     expected += reference.attention_backward(grad, q, k, v, out, lse, sight, how)
     q, k, v, grad, out = (x.to(dtype) for x in (q, k, v, grad, out))
     lse = lse.to(_lse_dtype(dtype))
     try:
-        if device == "cuda":
+        if kind == "cuda":
             got = [*_cuda_forward(q, k, v, sight, 0.25)]
             got += _cuda_backward(grad, q, k, v, out, lse, sight, 0.25)
         else:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -11,8 +12,23 @@ from torch import Tensor
 from lightning_sage.ops.reference.rows import accurate, kept, row_bits
 from lightning_sage.ops.sight import Group, Sight, packed
 
+Op = TypeVar("Op", bound=Callable[..., Any])
+
 # elements of logits held at once: a few MiB, whatever the length
 CHUNK = 1 << 21
+
+
+def _exactly(op: Op) -> Op:
+    """Products are not rounded to autocast's dtype: log-sum-exp and replay must agree."""
+
+    @wraps(op)
+    def run(q: Tensor, *args: Any) -> Any:
+        if not torch.is_autocast_enabled(q.device.type):
+            return op(q, *args)
+        with torch.autocast(q.device.type, enabled=False):
+            return op(q, *args)
+
+    return cast(Op, run)
 
 
 class Dropout(NamedTuple):
@@ -47,6 +63,7 @@ class How(NamedTuple):
     dropout: Dropout | None = None
 
 
+@_exactly
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, sight: Sight, how: How
 ) -> tuple[Tensor, Tensor]:
@@ -77,14 +94,16 @@ def attention_forward(
             part = rule.part(rows)
             logits = part.masked(part.products(wide_q[:, :, rows], wide_k))
             m[:, :, rows] = logits.logsumexp(-1)
-            probs = (logits - m[:, :, rows, None]).exp_().nan_to_num_(0.0)
-            probs = part.dropped(probs)
+            probs = (logits - _or_zero(m[:, :, rows, None])).exp_()
+            # 1, but for rows whose logits are so far below zero that their sum is lost in the log
+            probs = part.dropped(probs / probs.sum(-1, keepdim=True).clamp(min=1))
             grouped = probs.view(len(probs), v.shape[1], -1, wide_k.shape[2]) @ wide_v
             o[:, :, rows] = grouped.view(*probs.shape[:3], -1).to(q.dtype)
         out[group.queries], lse[group.queries] = packed(o), packed(m[..., None]).squeeze(-1)
     return out, lse
 
 
+@_exactly
 def attention_lse(q: Tensor, k: Tensor, sight: Sight, how: How) -> Tensor:
     """The log-sum-exp of :func:`attention_forward` alone, ``[N, H]``."""
     lse = accurate(q).new_full(q.shape[:2], float("-inf"))
@@ -100,6 +119,7 @@ def attention_lse(q: Tensor, k: Tensor, sight: Sight, how: How) -> Tensor:
     return lse
 
 
+@_exactly
 def attention_received(
     q: Tensor, k: Tensor, lse: Tensor, weights: Tensor, sight: Sight, how: How
 ) -> Tensor:
@@ -136,6 +156,7 @@ def attention_received(
     return total
 
 
+@_exactly
 def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sight: Sight, how: How
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,7 +205,7 @@ def _backward(
         products = part.products(q[:, :, rows], k)
         cap = rule.how.softcap
         slope = None if cap is None else 1 - (products / cap) ** 2
-        p = (part.masked(products) - lse[:, :, rows]).exp_().nan_to_num_(0.0, posinf=0.0)
+        p = (part.masked(products) - _or_zero(lse[:, :, rows])).exp_()
         g = grad[:, :, rows].reshape(B, G, -1, v.shape[-1])
         dv += part.dropped(p).view(B, G, -1, K).transpose(-1, -2) @ g
         dp = part.dropped((g @ v.transpose(-1, -2)).view(p.shape))
@@ -194,6 +215,11 @@ def _backward(
         dq[:, :, rows] = (ds @ k).view(B, H, -1, D)
         dk += ds.transpose(-1, -2) @ q[:, :, rows].reshape(B, G, -1, D)
     return dq, dk, dv
+
+
+def _or_zero(lse: Tensor) -> Tensor:
+    """A log-sum-exp by which a row that sees nothing has no probability, and a NaN stays one."""
+    return lse.masked_fill(lse == float("-inf"), 0.0)
 
 
 def mask_of(sight: Sight, group: Group) -> Tensor | None:
