@@ -95,7 +95,7 @@ def cosines(model: nn.Module, batches: int = 8) -> Iterator[dict[str, Any]]:
                 sparse = block_gradient(model, batch)
                 kept += [r.kept.float().mean().item() for r in installed.records]
                 replayed += [r.replayed.float().mean().item() for r in installed.records]
-            found.append(torch.cosine_similarity(sparse, dense, dim=0).item())
+            found.append(torch.cosine_similarity(sparse.double(), dense.double(), dim=0).item())
             norms.append((sparse.norm() / dense.norm()).item())
         held = "" if policy.cache_dtype is None else f", {policy.cache_dtype}"
         yield {

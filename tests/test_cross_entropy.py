@@ -187,6 +187,14 @@ def test_sum_over_the_items_of_an_accumulated_batch(items, with_kernel):
     )
 
 
+@pytest.mark.parametrize("items", [10, torch.tensor(10)])
+def test_an_accumulated_batch_without_labels_adds_nothing(items, with_kernel):
+    model, batch = make_model("llama"), make_batch()
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    assert model(**batch, num_items_in_batch=items).loss == 0
+    assert chunked_loss(model, {**batch, "num_items_in_batch": items}) == 0
+
+
 def test_labels_shifted_by_the_caller():
     model, batch = make_model("llama"), make_batch()
     shifted = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)

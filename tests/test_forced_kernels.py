@@ -80,9 +80,7 @@ def test_kernels_match_the_oracle(name, padding, mode, fields, options):
 def test_all_tokens_is_dense(name, mode):
     batch, model = zoo.make_batch(name, size=3, length=9), zoo.build(name)
     dense_loss, dense = run(name, model, batch)
-    loss, gradients, _ = sage_step(
-        name, model, batch, policy_of(keep=AllTokens(), attention=mode)
-    )
+    loss, gradients, _ = sage_step(name, model, batch, policy_of(keep=AllTokens(), attention=mode))
     assert loss == dense_loss
     assert_gradients_close(gradients, dense, 1e-10)
 

@@ -91,6 +91,7 @@ class MaskInEachBlock(nn.Module):
 
 def test_masks_are_not_held_for_blocks_that_have_their_own(monkeypatch):
     model, made, alive = MaskInEachBlock().double(), [], []
+
     def attend(self, x):
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
         mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
