@@ -183,7 +183,7 @@ def _replay(
     targets = job.trained()
     rows, picked, weights = _chosen_rows(job, cache, grad)
     if weights is not None:
-        weights = weights.to(torch.float64 if grad.dtype == torch.float64 else torch.float32)
+        weights = weights.to(ops.wide(grad.dtype))
     with torch.enable_grad():
         hidden = cache.hidden.some(picked, (job.C,), job.dtype).requires_grad_(wants[0])
         for i in job.extra:

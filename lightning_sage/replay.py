@@ -15,21 +15,16 @@ from torch import Tensor
 from lightning_sage import ops
 from lightning_sage.arguments import ReplayError
 from lightning_sage.intercept import AttentionCall
-from lightning_sage.ops import How, Rows, Sight, Visibility
+from lightning_sage.ops import How, Rows, Sight, Visibility, packed
 from lightning_sage.packing import Stored, store
 
 # what a mask and a flag for causal order mean for the batch under way
 See = Callable[[Tensor | None, bool], Visibility]
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """``[B, H, T, D]`` as packed rows of all tokens, ``[B * T, H, D]``."""
-    return x.transpose(1, 2).flatten(0, 1)
-
-
 def rows_at(x: Tensor, rows: Rows) -> Tensor:
     """Packed rows ``[N, H, D]`` of ``[B, H, T, D]``; all of them without a copy where possible."""
-    return as_rows(x) if rows.whole else ops.gather_rows(x.transpose(1, 2), rows.index)
+    return packed(x) if rows.whole else ops.gather_rows(x.transpose(1, 2), rows.index)
 
 
 def from_rows(x: Tensor) -> Tensor:
@@ -145,7 +140,7 @@ class Recorder(_Drops):
         if how.dropout is not None:
             sight = Sight(self.rows, keys, visible)
             k, v = (rows_at(x, keys) for x in (call.k, call.v))
-            rows, by_row = ops.attention_forward(as_rows(call.q), k, v, sight, how)
+            rows, by_row = ops.attention_forward(packed(call.q), k, v, sight, how)
             shape = (self.rows.B, self.rows.T)
             out = rows.unflatten(0, shape).transpose(1, 2)
             lse = by_row.unflatten(0, shape).transpose(1, 2)
@@ -196,7 +191,7 @@ class PackedForward(_Drops):
         if self.sight is None and call.mask is not None:
             raise ReplayError("it makes its own attention mask: use unselected='identity'")
         visible, how = self.sight or Visibility(call.causal), self.how(call)
-        q, k, v = (as_rows(x) for x in (call.q, call.k, call.v))
+        q, k, v = (packed(x) for x in (call.q, call.k, call.v))
         sight = Sight(self.rows, self.rows, visible)
         out, lse = ops.attention_forward(q, k, v, sight, how)
         self.kept.append((out, lse, visible))
@@ -250,7 +245,7 @@ class _SparseAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         q, k, v, out, lse = ctx.saved_tensors
         kept, rows, how = ctx.settings
-        q, k, v, grad = (as_rows(x) for x in (q, k, v, grad))
+        q, k, v, grad = (packed(x) for x in (q, k, v, grad))
         sight, all_keys = Sight(rows, rows, kept.visible), None
         if kept.k is not None:
             every = Rows.every(rows.B, rows.T, rows.index.device)
@@ -264,7 +259,7 @@ class _SparseAttention(torch.autograd.Function):
 def keep_attention(seen: Seen, rows: Rows, full: bool, cache_dtype: str | None) -> Kept:
     """What a dense attention call leaves: output and log-sum-exp at the rows, or all keys too."""
     if rows.whole and cache_dtype is None:
-        out = Stored(own(as_rows(seen.out)))
+        out = Stored(own(packed(seen.out)))
     else:
         out = store(seen.out.transpose(1, 2), rows, cache_dtype)
     kept = Kept(out, seen.lse_at(rows), seen.visible)

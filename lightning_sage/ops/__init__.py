@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lightning_sage.ops import reference, stock
-from lightning_sage.ops.reference import Dropout, How, dropout_mask, uniform
-from lightning_sage.ops.sight import Rows, Sight, Visibility
+from lightning_sage.ops.reference import Dropout, How, dropout_mask, uniform, wide
+from lightning_sage.ops.sight import Rows, Sight, Visibility, packed
 
 __all__ = [
     "Dropout",
@@ -33,6 +33,7 @@ __all__ = [
     "fused_attention",
     "gather_rows",
     "pack_rows",
+    "packed",
     "picked",
     "row_dropout",
     "row_norms",
@@ -40,6 +41,7 @@ __all__ = [
     "scatter_rows",
     "uniform",
     "unpack_rows",
+    "wide",
 ]
 
 VARIABLE = "LIGHTNING_SAGE_KERNELS"
@@ -267,38 +269,30 @@ def attention_backward(
         all_keys: Keys, values and sight by which the queries get their gradient, where keys besides
             those of `sight` count as constants; the keys of `sight` are among them.
     """
+    given = (grad, q, k, v, out, lse, sight, how)
     fused = all_keys is None or q.device.type == "cpu"
     if chosen_kernels() == "auto" and fused:
-        found = _select(stock.attention_backward, grad, q, k, v, out, lse, sight, how, all_keys)
+        found = _select(stock.attention_backward, given, all_keys)
         if found is not None:
             return found
     if _attention_kernels(q, sight):
         from lightning_sage.ops import attention as kernel
 
-        given = (grad, q, k, v, out, lse, sight, how, all_keys)
-        dq, dk, dv = _launched(kernel.attention_backward, *given)
+        dq, dk, dv = _launched(kernel.attention_backward, *given, all_keys)
         return dq, dk, dv
-    found = _select(reference.attention_backward, grad, q, k, v, out, lse, sight, how, all_keys)
+    found = _select(reference.attention_backward, given, all_keys)
     assert found is not None
     return found
 
 
 def _select(
-    backward: Any,
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    sight: Sight,
-    how: How,
-    all_keys: tuple[Tensor, Tensor, Sight] | None,
+    backward: Any, given: tuple[Any, ...], all_keys: tuple[Tensor, Tensor, Sight] | None
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """A backward that gives the gradient of every key; those of `sight` are picked out."""
+    """A backward that gives the gradient of every key; those of the sight are picked out."""
     if all_keys is None:
-        grads: tuple[Tensor, Tensor, Tensor] = backward(grad, q, k, v, out, lse, sight, how)
+        grads: tuple[Tensor, Tensor, Tensor] = backward(*given)
         return grads
+    grad, q, _, _, out, lse, sight, how = given
     every_k, every_v, over_all = all_keys
     grads = backward(grad, q, every_k, every_v, out, lse, over_all, how)
     if grads is None:

@@ -15,17 +15,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_sage.ops.reference import How, dropout_threshold, stream_key
+from lightning_sage.ops.reference import How, dropout_threshold, stream_key, wide
 from lightning_sage.ops.sight import Sight
 from lightning_sage.ops.tiles import (
     LN2,
     LOG2E,
     capped,
-    count_below,
     keep_weights,
+    last_contiguous,
+    load_norm,
     load_rows,
     padded,
     precision,
+    rows_that_see,
+    segment,
+    tile_rows,
     tiles,
 )
 
@@ -40,20 +44,17 @@ def _forward_kernel(
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     b, g = tl.program_id(1) // G, tl.program_id(1) % G
-    q_start, k_start = tl.load(q_ends + b), tl.load(k_ends + b)
-    n = tl.load(q_ends + b + 1) - q_start
+    q_start, n = segment(q_ends, b)
+    k_start = tl.load(k_ends + b)
     # late rows of a causal sample have the most keys: they start first
-    m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    if (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q < n * R:
-        inside = m < n * R
-        row, head = q_start + m // R, g * R + m % R
-        low = tl.load(first + row, mask=inside, other=2147483647)
-        high = tl.load(stop + row, mask=inside, other=0)
+    begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q
+    if begin < n * R:
+        row, head, inside, low, high = tile_rows(begin, n * R, q_start, g, first, stop, R, BLOCK_Q)
         queries = load_rows(q, row, head, q_row, q_head, D, inside, BLOCK_D)
-        wide: tl.constexpr = lse.dtype.element_ty
-        top = tl.full([BLOCK_Q], float("-inf"), dtype=wide)
-        total = tl.zeros([BLOCK_Q], dtype=wide)
-        acc = tl.zeros([BLOCK_Q, BLOCK_E], dtype=wide)
+        sums: tl.constexpr = lse.dtype.element_ty
+        top = tl.full([BLOCK_Q], float("-inf"), dtype=sums)
+        total = tl.zeros([BLOCK_Q], dtype=sums)
+        acc = tl.zeros([BLOCK_Q, BLOCK_E], dtype=sums)
         if DROPOUT:
             base = tl.load(drop_rows + row, mask=inside, other=0)
         for start in range(tl.min(low, axis=0) // BLOCK_K * BLOCK_K, tl.max(high, axis=0), BLOCK_K):
@@ -101,26 +102,21 @@ def _queries_kernel(
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     b, g = tl.program_id(1) // G, tl.program_id(1) % G
-    q_start, k_start = tl.load(q_ends + b), tl.load(k_ends + b)
-    n = tl.load(q_ends + b + 1) - q_start
-    m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    if (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q < n * R:
-        inside = m < n * R
-        row, head = q_start + m // R, g * R + m % R
-        low = tl.load(first + row, mask=inside, other=2147483647)
-        high = tl.load(stop + row, mask=inside, other=0)
+    q_start, n = segment(q_ends, b)
+    k_start = tl.load(k_ends + b)
+    begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q
+    if begin < n * R:
+        row, head, inside, low, high = tile_rows(begin, n * R, q_start, g, first, stop, R, BLOCK_Q)
         queries = load_rows(q, row, head, q_row, q_head, D, inside, BLOCK_D)
         # out and grad are contiguous
         incoming = load_rows(grad, row, head, G * R * E, E, E, inside, BLOCK_E)
         outgoing = load_rows(out, row, head, G * R * E, E, E, inside, BLOCK_E)
-        wide: tl.constexpr = delta.dtype.element_ty
-        mean = tl.sum(incoming.to(wide) * outgoing.to(wide), axis=1)
+        sums: tl.constexpr = delta.dtype.element_ty
+        mean = tl.sum(incoming.to(sums) * outgoing.to(sums), axis=1)
         at = row.to(tl.int64) * (G * R) + head
         tl.store(delta + at, mean, mask=inside)
-        norm = tl.load(lse + at, mask=inside, other=0.0)
-        # rows that see nothing have none of the keys below in their interval
-        norm = tl.where(norm == float("-inf"), 0.0, norm) * LOG2E
-        acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=wide)
+        norm = load_norm(lse, at, inside)
+        acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=sums)
         if DROPOUT:
             base = tl.load(drop_rows + row, mask=inside, other=0)
         for start in range(tl.min(low, axis=0) // BLOCK_K * BLOCK_K, tl.max(high, axis=0), BLOCK_K):
@@ -157,35 +153,29 @@ def _keys_kernel(
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     b, g = tl.program_id(1) // G, tl.program_id(1) % G
-    q_start, k_start = tl.load(q_ends + b), tl.load(k_ends + b)
-    n = tl.load(q_ends + b + 1) - q_start
-    count = tl.load(k_ends + b + 1) - k_start
+    q_start, n = segment(q_ends, b)
+    k_start, count = segment(k_ends, b)
     start = tl.program_id(0) * BLOCK_K
     if start < count:
         j = start + tl.arange(0, BLOCK_K)
         there = j < count
         keys = load_rows(k, k_start + j, g + j * 0, k_row, k_head, D, there, BLOCK_D)
         values = load_rows(v, k_start + j, g + j * 0, v_row, v_head, E, there, BLOCK_E)
-        wide: tl.constexpr = delta.dtype.element_ty
-        acc_k = tl.zeros([BLOCK_K, BLOCK_D], dtype=wide)
-        acc_v = tl.zeros([BLOCK_K, BLOCK_E], dtype=wide)
+        sums: tl.constexpr = delta.dtype.element_ty
+        acc_k = tl.zeros([BLOCK_K, BLOCK_D], dtype=sums)
+        acc_v = tl.zeros([BLOCK_K, BLOCK_E], dtype=sums)
         if DROPOUT:
             columns = tl.load(drop_columns + k_start + j, mask=there, other=0)
-        # intervals never fall: the rows that see any of these keys are neighbours
-        begin = count_below(stop + q_start, n, start + 1)
-        end = count_below(first + q_start, n, start + BLOCK_K)
+        begin, end = rows_that_see(first + q_start, stop + q_start, n, start, BLOCK_K)
         for flat in range(begin * R, end * R, BLOCK_Q):
-            m = flat + tl.arange(0, BLOCK_Q)
-            inside = m < end * R
-            row, head = q_start + m // R, g * R + m % R
-            low = tl.load(first + row, mask=inside, other=2147483647)
-            high = tl.load(stop + row, mask=inside, other=0)
+            row, head, inside, low, high = tile_rows(
+                flat, end * R, q_start, g, first, stop, R, BLOCK_Q
+            )
             queries = load_rows(q, row, head, q_row, q_head, D, inside, BLOCK_D)
             incoming = load_rows(grad, row, head, G * R * E, E, E, inside, BLOCK_E)
             at = row.to(tl.int64) * (G * R) + head
             mean = tl.load(delta + at, mask=inside, other=0.0)
-            norm = tl.load(lse + at, mask=inside, other=0.0)
-            norm = tl.where(norm == float("-inf"), 0.0, norm) * LOG2E
+            norm = load_norm(lse, at, inside)
             # keys by queries: what is summed over the queries is a product already
             seen = (low[None, :] <= j[:, None]) & (j[:, None] < high[None, :])
             products = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
@@ -246,19 +236,11 @@ class _Launch(NamedTuple):
         return cls(arguments, options)
 
 
-def _last_contiguous(*tensors: Tensor) -> list[Tensor]:
-    return [x if x.stride(2) == 1 else x.contiguous() for x in tensors]
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32
-
-
 def _run_forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, sight: Sight, how: How, values: bool
 ) -> Tensor:
     N, H, _ = q.shape
-    lse = torch.full((N, H), -math.inf, dtype=_wide(q.dtype), device=q.device)
+    lse = torch.full((N, H), -math.inf, dtype=wide(q.dtype), device=q.device)
     if not N or not len(k):
         return lse
     launch = _Launch.of(q, k, v, sight, how)
@@ -276,14 +258,14 @@ def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, sight: Sight, how: How
 ) -> tuple[Tensor, Tensor]:
     """See :func:`lightning_sage.ops.reference.attention_forward`."""
-    q, k, v = _last_contiguous(q, k, v)
+    q, k, v = last_contiguous(q, k, v)
     out = q.new_empty(*q.shape[:2], v.shape[2]) if len(k) else q.new_zeros(*q.shape[:2], v.shape[2])
     return out, _run_forward(q, k, v, out, sight, how, values=True)
 
 
 def attention_lse(q: Tensor, k: Tensor, sight: Sight, how: How) -> Tensor:
     """See :func:`lightning_sage.ops.reference.attention_lse`."""
-    q, k = _last_contiguous(q, k)
+    q, k = last_contiguous(q, k)
     return _run_forward(q, k, k, q, sight, how._replace(dropout=None), values=False)
 
 
@@ -299,14 +281,14 @@ def attention_backward(
     all_keys: tuple[Tensor, Tensor, Sight] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`lightning_sage.ops.attention_backward`."""
-    q, k, v = _last_contiguous(q, k, v)
+    q, k, v = last_contiguous(q, k, v)
     every_k, every_v, over_all = all_keys or (k, v, sight)
-    every_k, every_v = _last_contiguous(every_k, every_v)
+    every_k, every_v = last_contiguous(every_k, every_v)
     grad, out = grad.to(q.dtype).contiguous(), out.contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if not len(q) or not len(k):
         return dq.zero_(), dk.zero_(), dv.zero_()
-    lse = lse.to(_wide(q.dtype)).contiguous()
+    lse = lse.to(wide(q.dtype)).contiguous()
     delta = torch.empty_like(lse)
     size = tiles(max(padded(q.shape[2]), padded(v.shape[2])), q.element_size(), backward=True)
     shape = {

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_sage.ops.dropout import wide_type
-from lightning_sage.ops.reference import LARGEST
+from lightning_sage.ops.reference import LARGEST, wide
 from lightning_sage.ops.tiles import count_below
 
 
@@ -183,8 +183,7 @@ def _norms_kernel(x, rows, out, T, x_b, x_t, C, BLOCK: tl.constexpr):
 def row_norms(x: Tensor, rows: Tensor) -> Tensor:
     """See :func:`lightning_sage.ops.reference.row_norms`."""
     x = x if x.stride(2) == 1 else x.contiguous()
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    out = torch.empty(len(rows), dtype=wide, device=x.device)
+    out = torch.empty(len(rows), dtype=wide(x.dtype), device=x.device)
     if len(rows):
         block = min(4096, triton.next_power_of_2(x.shape[2]))
         _norms_kernel[(len(rows),)](

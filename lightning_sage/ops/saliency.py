@@ -7,15 +7,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_sage.ops.reference import How
+from lightning_sage.ops.reference import How, wide
 from lightning_sage.ops.sight import Sight
 from lightning_sage.ops.tiles import (
     LOG2E,
     capped,
-    count_below,
+    last_contiguous,
+    load_norm,
     load_rows,
     padded,
     precision,
+    rows_that_see,
+    segment,
+    tile_rows,
 )
 
 
@@ -27,26 +31,21 @@ def _received_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     b, g = tl.program_id(1) // G, tl.program_id(1) % G
-    q_start, k_start = tl.load(q_ends + b), tl.load(k_ends + b)
-    n = tl.load(q_ends + b + 1) - q_start
-    count = tl.load(k_ends + b + 1) - k_start
+    q_start, n = segment(q_ends, b)
+    k_start, count = segment(k_ends, b)
     start = tl.program_id(0) * BLOCK_K
     if start < count:
         j = start + tl.arange(0, BLOCK_K)
         there = j < count
         keys = load_rows(k, k_start + j, g + j * 0, k_row, k_head, D, there, BLOCK_D)
         total = tl.zeros([BLOCK_K], dtype=out.dtype.element_ty)
-        begin = count_below(stop + q_start, n, start + 1)
-        end = count_below(first + q_start, n, start + BLOCK_K)
+        begin, end = rows_that_see(first + q_start, stop + q_start, n, start, BLOCK_K)
         for flat in range(begin * R, end * R, BLOCK_Q):
-            m = flat + tl.arange(0, BLOCK_Q)
-            inside = m < end * R
-            row, head = q_start + m // R, g * R + m % R
-            low = tl.load(first + row, mask=inside, other=2147483647)
-            high = tl.load(stop + row, mask=inside, other=0)
+            row, head, inside, low, high = tile_rows(
+                flat, end * R, q_start, g, first, stop, R, BLOCK_Q
+            )
             queries = load_rows(q, row, head, q_row, q_head, D, inside, BLOCK_D)
-            norm = tl.load(lse + row.to(tl.int64) * (G * R) + head, mask=inside, other=0.0)
-            norm = tl.where(norm == float("-inf"), 0.0, norm) * LOG2E
+            norm = load_norm(lse, row.to(tl.int64) * (G * R) + head, inside)
             share = tl.load(weights + row, mask=inside, other=0.0).to(total.dtype)
             seen = (low[None, :] <= j[:, None]) & (j[:, None] < high[None, :])
             products = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
@@ -60,10 +59,9 @@ def attention_received(
     q: Tensor, k: Tensor, lse: Tensor, weights: Tensor, sight: Sight, how: How
 ) -> Tensor:
     """See :func:`lightning_sage.ops.reference.attention_received`."""
-    q, k = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k))
+    q, k = last_contiguous(q, k)
     (N, H, D), (M, G) = q.shape, k.shape[:2]
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = torch.empty(M, G, dtype=wide, device=q.device)
+    out = torch.empty(M, G, dtype=wide(q.dtype), device=q.device)
     if not N or not M:
         return out.zero_()
     small = q.element_size() <= 2 and padded(D) <= 128

@@ -139,14 +139,14 @@ class Group(NamedTuple):
     samples: slice
 
     def batched(self, x: Tensor, part: slice) -> Tensor:
-        """Packed ``[N, H, D]`` to ``[B', H, Q, D]``."""
+        """Packed ``[N, H, ...]`` to ``[B', H, Q, ...]``."""
         samples = self.samples.stop - self.samples.start
         rows: Tensor = x[part].unflatten(0, (samples, -1))
         return rows.transpose(1, 2)
 
 
 def packed(x: Tensor) -> Tensor:
-    """``[B', H, Q, D]`` to packed ``[B' * Q, H, D]``."""
+    """``[B', H, Q, ...]`` to packed ``[B' * Q, H, ...]``."""
     return x.transpose(1, 2).flatten(0, 1)
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_sage.ops import reference
-from lightning_sage.ops.reference import How
+from lightning_sage.ops.reference import How, wide
 from lightning_sage.ops.sight import Rows, Sight, Visibility, packed
 
 # torch.nn.attention.SDPBackend; the enum's members are not plain integers
@@ -110,7 +110,7 @@ def _tells(choice: int, device: str, dtype: torch.dtype, width: int, masked: boo
         got = _chosen_forward(choice, q, k, v, mask if masked else None, not masked, 0.25)
     except (RuntimeError, TypeError, AttributeError, NotImplementedError):
         return False
-    rows = (x.transpose(1, 2).flatten(0, 1) for x in (got[0], got[1]))
+    rows = (packed(x) for x in got)
     return all(_close(x, y, dtype) for x, y in zip(rows, expected, strict=True))
 
 
@@ -136,14 +136,14 @@ def attention_forward(
     if q.is_cuda:
         return _cuda_forward(q, k, v, sight, how.scale)
     out = q.new_empty(*q.shape[:2], v.shape[2])
-    lse = torch.empty(q.shape[:2], dtype=_lse_dtype(q.dtype), device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=wide(q.dtype), device=q.device)
     for group in sight.groups():
         a = group.batched(q, group.queries)
         b, c = (group.batched(x, group.keys) for x in (k, v))
         o, m = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             a, b, c, 0.0, sight.visible.causal, scale=how.scale
         )
-        out[group.queries], lse[group.queries] = packed(o), m.transpose(1, 2).flatten(0, 1)
+        out[group.queries], lse[group.queries] = packed(o), packed(m)
     return out, lse
 
 
@@ -179,10 +179,6 @@ def _serves(q: Tensor, v: Tensor, sight: Sight, how: How) -> bool:
     return width % 8 == 0 and width <= 256 and _agrees(str(q.device), q.dtype, width)
 
 
-def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32
-
-
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if mask is None or mask.dtype != torch.bool:
         return mask
@@ -195,13 +191,13 @@ def _cpu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     # a row that sees nothing: -inf less -inf would be NaN
-    lse = lse.to(_lse_dtype(q.dtype)).masked_fill(lse == float("-inf"), 0.0)
+    lse = lse.to(wide(q.dtype)).masked_fill(lse == float("-inf"), 0.0)
     for group in sight.groups():
-        g, a, o, m = (group.batched(x, group.queries) for x in (grad, q, out, lse[..., None]))
+        g, a, o, m = (group.batched(x, group.queries) for x in (grad, q, out, lse))
         b, c = (group.batched(x, group.keys) for x in (k, v))
         mask = None if sight.own else reference.mask_of(sight, group)
         # the kernel indexes the log-sum-exp as [B, T, H] memory seen as [B, H, T]
-        m = m.squeeze(-1).transpose(1, 2).contiguous().transpose(1, 2)
+        m = m.transpose(1, 2).contiguous().transpose(1, 2)
         parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             g, a, b, c, o, m, 0.0, sight.own and sight.visible.causal,
             attn_mask=_additive(mask, q.dtype), scale=scale,
@@ -266,7 +262,7 @@ def _agrees(device: str, dtype: torch.dtype, width: int = 16) -> bool:
     expected = [*reference.attention_forward(q, k, v, sight, how)] if kind == "cuda" else []
     expected += reference.attention_backward(grad, q, k, v, out, lse, sight, how)
     q, k, v, grad, out = (x.to(dtype) for x in (q, k, v, grad, out))
-    lse = lse.to(_lse_dtype(dtype))
+    lse = lse.to(wide(dtype))
     try:
         if kind == "cuda":
             got = [*_cuda_forward(q, k, v, sight, 0.25)]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from lightning_sage.ops.dropout import kept
 
@@ -25,6 +26,37 @@ def count_below(values, n, bound):
         else:
             high = middle
     return low
+
+
+@triton.jit
+def segment(ends, b):
+    """Where the packed rows of sample b begin, and how many they are."""
+    start = tl.load(ends + b)
+    return start, tl.load(ends + b + 1) - start
+
+
+@triton.jit
+def tile_rows(begin, end, start, g, first, stop, R: tl.constexpr, BLOCK: tl.constexpr):
+    """Query row and head of the flat rows from `begin` on, whether they exist, what they see."""
+    m = begin + tl.arange(0, BLOCK)
+    inside = m < end
+    row, head = start + m // R, g * R + m % R
+    low = tl.load(first + row, mask=inside, other=2147483647)
+    high = tl.load(stop + row, mask=inside, other=0)
+    return row, head, inside, low, high
+
+
+@triton.jit
+def rows_that_see(first, stop, n, start, BLOCK: tl.constexpr):
+    """Which of a sample's rows see any key of a tile: neighbours, as intervals never fall."""
+    return count_below(stop, n, start + 1), count_below(first, n, start + BLOCK)
+
+
+@triton.jit
+def load_norm(lse, at, inside):
+    """Log-sum-exp in powers of two; a row that sees nothing has no key in its interval anyway."""
+    norm = tl.load(lse + at, mask=inside, other=0.0)
+    return tl.where(norm == float("-inf"), 0.0, norm) * LOG2E
 
 
 @triton.jit
@@ -82,6 +114,11 @@ def precision(dtype: torch.dtype) -> str:
     """Float32 products are exact unless the user has allowed otherwise for all of PyTorch."""
     exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return "ieee" if exact else "tf32"
+
+
+def last_contiguous(*tensors: Tensor) -> list[Tensor]:
+    """Packed rows ``[N, H, D]`` whose heads a kernel can read."""
+    return [x if x.stride(2) == 1 else x.contiguous() for x in tensors]
 
 
 def padded(width: int) -> int:

@@ -22,3 +22,4 @@ from lightning_sage.ops.reference.rows import scatter_rows as scatter_rows
 from lightning_sage.ops.reference.rows import stream_key as stream_key
 from lightning_sage.ops.reference.rows import uniform as uniform
 from lightning_sage.ops.reference.rows import unpack_rows as unpack_rows
+from lightning_sage.ops.reference.rows import wide as wide

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
-from lightning_sage.ops.reference.rows import accurate, kept, row_bits
+from lightning_sage.ops.reference.rows import accurate, kept, row_bits, wide
 from lightning_sage.ops.sight import Group, Sight, packed
 
 Op = TypeVar("Op", bound=Callable[..., Any])
@@ -83,40 +83,40 @@ def attention_forward(
         ``[N, H, E]`` in the dtype of `q`, and ``[N, H]`` in float32 or better. A row that sees
         nothing gets 0 and -inf.
     """
-    out = q.new_zeros(*q.shape[:2], v.shape[2])
-    lse = accurate(q).new_full(q.shape[:2], float("-inf"))
-    for group in sight.groups():
-        wide_q, wide_k, wide_v = _group(group, (q,), (k, v))
-        rule = _Rule.of(sight, group, how)
-        o = torch.empty(*wide_q.shape[:3], v.shape[2], dtype=q.dtype, device=q.device)
-        m = wide_q.new_empty(wide_q.shape[:3])
-        for rows in _chunks(wide_q, wide_k.shape[2]):
-            part = rule.part(rows)
-            logits = part.masked(part.products(wide_q[:, :, rows], wide_k))
-            m[:, :, rows] = logits.logsumexp(-1)
-            probs = (logits - _or_zero(m[:, :, rows, None])).exp_()
-            # 1, but for rows whose logits are so far below zero that their sum is lost in the log
-            probs = part.dropped(probs / probs.sum(-1, keepdim=True).clamp(min=1))
-            grouped = probs.view(len(probs), v.shape[1], -1, wide_k.shape[2]) @ wide_v
-            o[:, :, rows] = grouped.view(*probs.shape[:3], -1).to(q.dtype)
-        out[group.queries], lse[group.queries] = packed(o), packed(m[..., None]).squeeze(-1)
-    return out, lse
+    return _attend(q, k, v, sight, how)
 
 
 @_exactly
 def attention_lse(q: Tensor, k: Tensor, sight: Sight, how: How) -> Tensor:
     """The log-sum-exp of :func:`attention_forward` alone, ``[N, H]``."""
-    lse = accurate(q).new_full(q.shape[:2], float("-inf"))
+    return _attend(q, k, None, sight, how)[1]
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor | None, sight: Sight, how: How
+) -> tuple[Tensor, Tensor]:
+    """Output, where there are values, and log-sum-exp."""
+    out = q.new_zeros(*q.shape[:2], 0 if v is None else v.shape[2])
+    lse = torch.full(q.shape[:2], float("-inf"), dtype=wide(q.dtype), device=q.device)
     for group in sight.groups():
         wide_q, wide_k = _group(group, (q,), (k,))
+        wide_v = None if v is None else accurate(group.batched(v, group.keys))
         rule = _Rule.of(sight, group, how)
+        o = q.new_empty(*wide_q.shape[:3], out.shape[2])
         m = wide_q.new_empty(wide_q.shape[:3])
         for rows in _chunks(wide_q, wide_k.shape[2]):
             part = rule.part(rows)
             logits = part.masked(part.products(wide_q[:, :, rows], wide_k))
             m[:, :, rows] = logits.logsumexp(-1)
-        lse[group.queries] = packed(m[..., None]).squeeze(-1)
-    return lse
+            if wide_v is None:
+                continue
+            probs = (logits - _or_zero(m[:, :, rows, None])).exp_()
+            # 1, but for rows whose logits are so far below zero that their sum is lost in the log
+            probs = part.dropped(probs / probs.sum(-1, keepdim=True).clamp(min=1))
+            grouped = probs.view(len(probs), wide_k.shape[1], -1, wide_k.shape[2]) @ wide_v
+            o[:, :, rows] = grouped.view(*probs.shape[:3], -1).to(q.dtype)
+        out[group.queries], lse[group.queries] = packed(o), packed(m)
+    return out, lse
 
 
 @_exactly
@@ -139,20 +139,20 @@ def attention_received(
     Returns:
         ``[M, G]`` in float32 or better.
     """
-    total = accurate(q).new_zeros(k.shape[0], k.shape[1])
+    total = torch.zeros(k.shape[:2], dtype=wide(q.dtype), device=q.device)
     # a query that sees nothing has lse -inf, and no probability
     lse = lse.masked_fill(lse == float("-inf"), float("inf"))
     for group in sight.groups():
-        wide_q, wide_lse, wide_k = _group(group, (q, lse[..., None]), (k,))
+        wide_q, wide_lse, wide_k = _group(group, (q, lse), (k,))
         by_row = weights[group.queries].view(len(wide_q), 1, 1, -1).to(wide_q)
         rule = _Rule.of(sight, group, how)
         sums = wide_k.new_zeros(*wide_q.shape[:2], 1, wide_k.shape[2])
         for rows in _chunks(wide_q, wide_k.shape[2]):
             part = rule.part(rows)
             logits = part.masked(part.products(wide_q[:, :, rows], wide_k))
-            sums += by_row[..., rows] @ logits.sub_(wide_lse[:, :, rows]).exp_()
-        sums = sums.unflatten(1, (k.shape[1], -1)).sum(2).transpose(2, 3)
-        total[group.keys] += packed(sums).squeeze(-1)
+            sums += by_row[..., rows] @ logits.sub_(wide_lse[:, :, rows, None]).exp_()
+        by_key_head = sums.squeeze(2).unflatten(1, (k.shape[1], -1)).sum(2)
+        total[group.keys] += packed(by_key_head)
     return total
 
 
@@ -184,7 +184,7 @@ def attention_backward(
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for group in sight.groups():
         wide_q, wide_grad, wide_out, wide_lse, wide_k, wide_v = _group(
-            group, (q, grad, out, lse[..., None]), (k, v)
+            group, (q, grad, out, lse), (k, v)
         )
         rule = _Rule.of(sight, group, how)
         parts = _backward(wide_grad, wide_q, wide_k, wide_v, wide_out, wide_lse, rule)
@@ -205,7 +205,7 @@ def _backward(
         products = part.products(q[:, :, rows], k)
         cap = rule.how.softcap
         slope = None if cap is None else 1 - (products / cap) ** 2
-        p = (part.masked(products) - _or_zero(lse[:, :, rows])).exp_()
+        p = (part.masked(products) - _or_zero(lse[:, :, rows, None])).exp_()
         g = grad[:, :, rows].reshape(B, G, -1, v.shape[-1])
         dv += part.dropped(p).view(B, G, -1, K).transpose(-1, -2) @ g
         dp = part.dropped((g @ v.transpose(-1, -2)).view(p.shape))
@@ -230,7 +230,7 @@ def mask_of(sight: Sight, group: Group) -> Tensor | None:
 
 
 def _group(group: Group, queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]) -> list[Tensor]:
-    """Packed rows of one group, ``[B', H, Q, D]``, in float32 or better."""
+    """Packed rows of one group, ``[B', H, Q, ...]``, in float32 or better."""
     found = [accurate(group.batched(x, group.queries)) for x in queries]
     return found + [accurate(group.batched(x, group.keys)) for x in keys]
 

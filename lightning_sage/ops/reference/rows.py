@@ -6,9 +6,14 @@ import torch
 from torch import Tensor
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums and scores are held in: float32 or better."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def accurate(x: Tensor) -> Tensor:
     """`x` in float32 or better."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(wide(x.dtype))
 
 
 def gather_rows(x: Tensor, rows: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -69,7 +74,7 @@ def row_norms(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def _column(weights: Tensor, x: Tensor) -> Tensor:
-    return weights.to(accurate(x).dtype).view(-1, *(1,) * (x.dim() - 1))
+    return weights.to(wide(x.dtype)).view(-1, *(1,) * (x.dim() - 1))
 
 
 # largest number of a packed dtype: the largest entry of a group is brought to it
