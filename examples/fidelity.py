@@ -209,12 +209,14 @@ def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Run both experiments."""
     console = Console(width=140)
+    # Lightning's command line would take them for its own
+    names, sys.argv[1:] = sys.argv[1:], []
     folder = SageCLI(["--config", str(QUICKSTART)], run=False).pretrained()
     base = AutoModelForCausalLM.from_pretrained(folder).train()
     parameters = sum(p.numel() for p in base.parameters())
     about = {"parameters": parameters, "batch": BATCH, "length": LENGTH} | circumstances("cpu")
     experiments = {"gradients": ("Gradients", cosines), "training": ("Training", gains)}
-    for name in sys.argv[1:] or experiments:
+    for name in names or experiments:
         title, experiment = experiments[name]
         rows = list(experiment(base))
         write([row | about for row in rows], RESULTS / "fidelity.jsonl")

@@ -69,8 +69,7 @@ def _keep_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
     facts = session.facts(hidden)
     recorder = session.recorder(job.seed, facts)
     out = job.run(recorder, *job.arguments.call())
-    kept, scores = session.choose(wrapped.name, facts, recorder.seen, job.seed)
-    rows = session.kept_rows(kept, facts, any(one.visible.causal for one in recorder.seen))
+    kept, rows, scores = session.choose(wrapped.name, facts, recorder.seen, job.seed)
     cache = SparseCache(
         rows.index,
         store(hidden, rows, policy.cache_dtype),

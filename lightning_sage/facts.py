@@ -19,12 +19,15 @@ class Judged:
         priority: ``[B, T]`` int64, see :func:`SagePolicy.priority`.
         ones: ``[N]`` float32, a weight for each query row.
         noise: ``[B, T]`` float64, for selections that are not random.
+        count: How many rows a selection keeps whose count depends on nothing else; None until
+            a block has counted them.
     """
 
     def __init__(self, queries: Rows, priority: Tensor) -> None:
         self.queries, self.priority = queries, priority
         self.ones = torch.ones(len(queries), device=priority.device)
         self.noise = torch.zeros(priority.shape, dtype=torch.float64, device=priority.device)
+        self.count: int | None = None
         self._sights: list[Sight] = []
 
     def sight(self, keys: Rows, visible: Visibility) -> Sight:
@@ -45,20 +48,21 @@ class Facts:
         valid: ``[B, T]`` bool, False on padding.
         count: Valid tokens.
         every: All tokens.
-        padded: Whether any token is padding.
         keys: By the tokens that a mask lets anyone see, these tokens as rows.
         judged: By causality, what saliency and selections start from.
-        fixed: By causality, how many rows a selection keeps whose count depends on nothing else.
     """
 
     heard: tuple[Any, ...]
     valid: Tensor
     count: int
     every: Rows
-    padded: bool
     keys: list[tuple[Tensor, Rows]] = field(default_factory=list)
     judged: dict[bool, Judged] = field(default_factory=dict)
-    fixed: dict[bool, int] = field(default_factory=dict)
+
+    @property
+    def padded(self) -> bool:
+        """Whether any token is padding."""
+        return self.count < len(self.every)
 
     def key_rows(self, visible: Visibility) -> Rows:
         """The tokens that are seen at all."""
@@ -83,7 +87,7 @@ class Facts:
         B, T, _ = hidden.shape
         valid = _valid(mask, hidden)
         count = int(valid.sum()) if isinstance(mask, Tensor) else B * T
-        return cls(heard, valid, count, Rows.every(B, T, hidden.device), count < B * T)
+        return cls(heard, valid, count, Rows.every(B, T, hidden.device))
 
     def about(self, heard: tuple[Any, ...]) -> bool:
         """Whether these are the facts of what was heard: the same tensors, not equal ones."""

@@ -12,6 +12,8 @@ from lightning_sage.ops import Visibility
 
 # rows of a mask looked at together: the comparison never holds another [T, T]
 ROWS = 256
+# what calls without a mask share, by causality
+PLAIN = {causal: Visibility(causal) for causal in (False, True)}
 
 
 def visibility(mask: Tensor | None, causal: bool, valid: Tensor) -> Visibility:
@@ -23,11 +25,11 @@ def visibility(mask: Tensor | None, causal: bool, valid: Tensor) -> Visibility:
 
     Args:
         mask: bool (True attends) or additive, ``[B | 1, H | 1, T | 1, T]``, or None.
-        causal: Whether attention applies a causal mask besides.
+        causal: Whether attention is causal where there is no mask, or one by head.
         valid: ``[B, T]`` bool, False on padding.
     """
     if mask is None:
-        return Visibility(causal)
+        return PLAIN[causal]
     if mask.shape[1] > 1:
         return Visibility(causal, mask=mask)
     order = valid.long().cumsum(1)

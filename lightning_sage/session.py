@@ -21,8 +21,6 @@ from lightning_sage.selections import Chosen
 
 # draws of one seed that must not be the same numbers
 KEEP_STREAM, REPLAY_STREAM = -1, -2
-# what calls without a mask share, by causality
-PLAIN = {causal: Visibility(causal) for causal in (False, True)}
 
 
 @dataclass
@@ -84,16 +82,15 @@ class Session:
         self._reset()
 
     def _reset(self) -> None:
-        self._inside: list[nn.Module] = []
-        # what each module that is being called was told, its callers' keywords included
-        self._said: list[dict[str, Any]] = []
+        # the modules being called, outermost first, and what each was told, by its callers too
+        self._inside: dict[nn.Module, dict[str, Any]] = {}
         self._masks: list[Looked] = []
         self._facts: list[Facts] = []
         self.skip_rows = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle take along: nothing that belongs to a forward under way."""
-        passing = ("_inside", "_said", "_masks", "_facts", "batch", "records", "skip_rows")
+        passing = ("_inside", "_masks", "_facts", "batch", "records", "skip_rows")
         return {name: value for name, value in vars(self).items() if name not in passing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -110,31 +107,33 @@ class Session:
         # torch calls no hook after a KeyboardInterrupt: a module is never inside itself
         if not self._inside or module in self._inside:
             self._reset()
-        self._inside.append(module)
+        said = self._told().copy()
+        self._inside[module] = said
         if torch.is_grad_enabled():
             _refuse_requests(getattr(module, "config", None), kwargs)
             # further in, a model hands on a cache of its own making
             if len(self._inside) == 1:
                 _refuse_cache(kwargs)
-        said = dict(self._said[-1]) if self._said else {}
         labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
         if isinstance(labels, Tensor):
             said |= {"labels": labels, "owner": type(module).__name__}
         # an encoder is handed the mask of pairs under the same name
         if isinstance(mask, Tensor) and mask.dim() == 2:
             said["attention_mask"] = mask
-        self._said.append(said)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of every module above a block, also called when the forward raised."""
-        if module in self._inside:
-            place = self._inside.index(module)
-            del self._inside[place:], self._said[place:]
+        while module in self._inside:
+            self._inside.popitem()
         if not self._inside:
             self._reset()
 
+    def _told(self) -> dict[str, Any]:
+        """What the innermost module that is being called was told."""
+        return next(reversed(self._inside.values()), {})
+
     def _heard(self, name: str) -> Any:
-        value = self._said[-1].get(name) if self._said else None
+        value = self._told().get(name)
         return value if value is not None else self.batch.get(name)
 
     def facts(self, hidden: Tensor) -> Facts:
@@ -163,7 +162,7 @@ class Session:
     def visibility(self, mask: Tensor | None, causal: bool, valid: Tensor) -> Visibility:
         """What `mask` means; looked at once a forward, however many blocks share it."""
         if mask is None:
-            return PLAIN[causal]
+            return visibility(None, causal, valid)
         for known in self._masks:
             if known.is_of(mask, valid):
                 return known.visible
@@ -214,8 +213,8 @@ class Session:
 
     def choose(
         self, name: str, facts: Facts, seen: list[Seen], seed: Seed
-    ) -> tuple[Chosen, Tensor | None]:
-        """Rows to keep, and the saliency ``[B, T]`` where the policy uses one.
+    ) -> tuple[Chosen, Rows, Tensor | None]:
+        """Rows to keep, packed too, and the saliency ``[B, T]`` where the policy uses one.
 
         Raises:
             ReplayError: The policy needs saliency and the block made no attention call.
@@ -240,15 +239,11 @@ class Session:
         if keeper.random:
             noise = ops.uniform(int(seed), KEEP_STREAM, facts.every.index.view_as(valid))
         known = judged.noise if scores is None else scores
-        return keeper.keep(known, valid, judged.priority, noise), scores
-
-    def kept_rows(self, chosen: Chosen, facts: Facts, causal: bool) -> Rows:
-        """The chosen rows, packed; waits for the device only where their number is news."""
-        if not self.policy.keeper.fixed:
-            return ops.rows_of(chosen.rows)
-        if causal not in facts.fixed:
-            facts.fixed[causal] = int(chosen.rows.sum())
-        return ops.rows_of(chosen.rows, facts.fixed[causal])
+        chosen = keeper.keep(known, valid, judged.priority, noise)
+        # the device is waited for only where the number of rows is news
+        if keeper.fixed and judged.count is None:
+            judged.count = int(chosen.rows.sum())
+        return chosen, ops.rows_of(chosen.rows, judged.count), scores
 
 
 def _refuse_requests(config: Any, kwargs: dict[str, Any]) -> None:

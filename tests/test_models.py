@@ -86,7 +86,7 @@ def test_all_tokens_is_dense(name, padding, mode, lora):
 @over_adaptations
 @over_modes
 @over_models_and_paddings
-def test_kept_rows_matchoracle(name, padding, mode, lora, fields):
+def test_kept_rows_match_oracle(name, padding, mode, lora, fields):
     model, batch = zoo.build(name, lora=lora), zoo.make_batch(name, padding)
     loss, gradients, rows = sage_step(name, model, batch, policy_of(attention=mode, **fields))
     _assert_strict_subset(rows, batch)
@@ -98,7 +98,7 @@ def test_kept_rows_matchoracle(name, padding, mode, lora, fields):
 @pytest.mark.parametrize("fields", REPLAYS.values(), ids=REPLAYS)
 @over_modes
 @over_models
-def test_replayed_rows_matchoracle(name, mode, fields):
+def test_replayed_rows_match_oracle(name, mode, fields):
     model, batch = zoo.build(name), zoo.make_batch(name, zoo.MODELS[name].paddings[0])
     loss, gradients, rows = sage_step(name, model, batch, policy_of(attention=mode, **fields))
     _assert_strict_subset(rows, batch)
@@ -243,7 +243,7 @@ def test_a_sample_of_padding_alone_is_left_out(name):
 @pytest.mark.parametrize("queries", ["auto", "last", "all"])
 @pytest.mark.parametrize("saliency", ["attention", "value_norm", "attention_value_norm"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "bert-classes"])
-def test_default_policy_matchesoracle(name, saliency, queries):
+def test_default_policy_matches_oracle(name, saliency, queries):
     batch, model = zoo.make_batch(name, every_token=True), zoo.build(name)
     policy = SagePolicy(saliency=saliency, queries=queries)
     _, gradients, rows = sage_step(name, model, batch, policy)

@@ -6,6 +6,7 @@ problem, and ops that are missing or disagree are not used.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
@@ -106,12 +107,8 @@ def _tells(choice: int, device: str, dtype: torch.dtype, width: int, masked: boo
     expected = reference.attention_forward(q, k, v, Sight(every, every, visible), How(0.25))
     q, k, v = (x.to(dtype).unflatten(0, (2, 24)).transpose(1, 2) for x in (q, k, v))
     mask = torch.ones(24, 24, dtype=torch.bool, device=device).tril()[None, None]
-    try:
-        got = _chosen_forward(choice, q, k, v, mask if masked else None, not masked, 0.25)
-    except (RuntimeError, TypeError, AttributeError, NotImplementedError):
-        return False
-    rows = (packed(x) for x in got)
-    return all(_close(x, y, dtype) for x, y in zip(rows, expected, strict=True))
+    given = (choice, q, k, v, mask if masked else None, not masked, 0.25)
+    return _gives(lambda: map(packed, _chosen_forward(*given)), expected, dtype)
 
 
 def _ramps(rows: Rows, heads: int, keys: int, width: int, dtype: torch.dtype) -> list[Tensor]:
@@ -131,7 +128,7 @@ def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, sight: Sight, how: How
 ) -> tuple[Tensor, Tensor] | None:
     """:func:`reference.attention_forward` by a fused forward, or None where none can serve."""
-    if not _serves(q, v, sight, how):
+    if not (sight.own and _knows(q, v, how)):
         return None
     if q.is_cuda:
         return _cuda_forward(q, k, v, sight, how.scale)
@@ -155,27 +152,23 @@ def attention_backward(
     Rows are sorted by position, so that the causal order of packed rows is that of the tokens, and
     the kernel takes its probabilities from the log-sum-exp that it is given.
     """
-    if q.device.type == "cpu" and how.softcap is None and how.dropout is None:
-        if q.shape[2] != v.shape[2] or not _agrees("cpu", q.dtype):
-            return None
-        # a mask held whole: not where it would outgrow the working memory by far
-        if not sight.own and len(sight.rows) * sight.keys.most > 16 * reference.attention.CHUNK:
-            return None
-        return _cpu_backward(grad, q, k, v, out, lse, sight, how.scale)
-    if not _serves(q, v, sight, how):
+    if not _knows(q, v, how):
         return None
-    return _cuda_backward(grad, q, k, v, out, lse, sight, how.scale)
+    if q.is_cuda:
+        return _cuda_backward(grad, q, k, v, out, lse, sight, how.scale) if sight.own else None
+    # a mask held whole: not where it would outgrow the working memory by far
+    if not sight.own and len(sight.rows) * sight.keys.most > 16 * reference.attention.CHUNK:
+        return None
+    return _cpu_backward(grad, q, k, v, out, lse, sight, how.scale)
 
 
-def _serves(q: Tensor, v: Tensor, sight: Sight, how: How) -> bool:
-    """Whether rows see themselves, and by nothing that flash attention does not know."""
-    if not sight.own or how.softcap is not None or how.dropout is not None:
-        return False
-    if q.shape[2] != v.shape[2] or not len(q):
+def _knows(q: Tensor, v: Tensor, how: How) -> bool:
+    """Whether there is nothing in it, besides a mask, that flash attention does not know."""
+    width = q.shape[2]
+    if how.softcap is not None or how.dropout is not None or width != v.shape[2] or not len(q):
         return False
     if q.device.type == "cpu":
         return _agrees("cpu", q.dtype)
-    width = q.shape[2]
     return width % 8 == 0 and width <= 256 and _agrees(str(q.device), q.dtype, width)
 
 
@@ -263,16 +256,23 @@ def _agrees(device: str, dtype: torch.dtype, width: int = 16) -> bool:
     expected += reference.attention_backward(grad, q, k, v, out, lse, sight, how)
     q, k, v, grad, out = (x.to(dtype) for x in (q, k, v, grad, out))
     lse = lse.to(wide(dtype))
+    given = (grad, q, k, v, out, lse, sight, 0.25)
+
+    def run() -> tuple[Tensor, ...]:
+        if kind == "cpu":
+            return _cpu_backward(*given)
+        return *_cuda_forward(q, k, v, sight, 0.25), *_cuda_backward(*given)
+
+    return _gives(run, expected, dtype)
+
+
+def _gives(
+    run: Callable[[], Iterable[Tensor]], expected: Iterable[Tensor], dtype: torch.dtype
+) -> bool:
+    """Whether an op that may not be there returns what is expected, as far as `dtype` can tell."""
     try:
-        if kind == "cuda":
-            got = [*_cuda_forward(q, k, v, sight, 0.25)]
-            got += _cuda_backward(grad, q, k, v, out, lse, sight, 0.25)
-        else:
-            got = [*_cpu_backward(grad, q, k, v, out, lse, sight, 0.25)]
+        pairs = list(zip(run(), expected, strict=True))
     except (RuntimeError, TypeError, AttributeError, NotImplementedError):
         return False
-    return all(_close(x, y, dtype) for x, y in zip(got, expected, strict=True))
-
-
-def _close(x: Tensor, y: Tensor, dtype: torch.dtype) -> bool:
-    return bool((x.double() - y).abs().max() <= 64 * torch.finfo(dtype).eps * y.abs().max())
+    allowed = 64 * torch.finfo(dtype).eps
+    return all(bool((x.double() - y).abs().max() <= allowed * y.abs().max()) for x, y in pairs)
