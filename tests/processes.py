@@ -1,0 +1,116 @@
+"""Several ranks on one CPU: forked processes in a gloo group, none of which can outlive a test."""
+
+import io
+import multiprocessing
+import os
+import signal
+import socket
+import tempfile
+import time
+import traceback
+from datetime import timedelta
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+# seconds after which a collective that not every rank has joined raises
+COLLECTIVE = 30
+
+
+def ranks(world, function, *args, timeout=120, group=True):
+    """What ``function(rank, *args)`` returns on each rank; forked, so it may be any closure.
+
+    Args:
+        world: Number of processes.
+        function: Runs in each of them; its result is pickled.
+        *args: Passed on.
+        timeout: Seconds until every process is killed and the test fails.
+        group: Whether a gloo group is there already. Else the environment is that of torchrun,
+            which a Trainer takes for its own.
+
+    Raises:
+        AssertionError: A process raised (with its traceback), died, or took too long.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+            "GROUP_RANK": "0",
+            "TORCHELASTIC_RUN_ID": "tests",
+        }
+        store = f"file://{Path(folder) / 'store'}" if group else None
+        context = multiprocessing.get_context("fork")
+        pipes = [context.Pipe(duplex=False) for _ in range(world)]
+        processes = [
+            context.Process(
+                target=_work, args=(rank, world, store, environment, pipes[rank][1], function, args)
+            )
+            for rank in range(world)
+        ]
+        for process in processes:
+            process.start()
+        for _, sender in pipes:
+            sender.close()
+        try:
+            return _collect([receiver for receiver, _ in pipes], timeout)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _work(rank, world, store, environment, sender, function, args):
+    # what the test's process had caught is none of this one's business
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    try:
+        if store is not None:
+            wait_at_most = timedelta(seconds=COLLECTIVE)
+            dist.init_process_group(
+                "gloo", init_method=store, rank=rank, world_size=world, timeout=wait_at_most
+            )
+        torch.manual_seed(0)
+        _send(sender, None, function(rank, *args))
+    except BaseException:
+        _send(sender, traceback.format_exc(), None)
+    finally:
+        sender.close()
+        # neither exit handlers nor fixtures of the test's process run here
+        os._exit(0)
+
+
+def _send(sender, error, value):
+    # as bytes: tensors would travel as file descriptors, which die with their process
+    buffer = io.BytesIO()
+    torch.save((error, value), buffer)
+    sender.send_bytes(buffer.getvalue())
+
+
+def _collect(receivers, timeout):
+    results, deadline = {}, time.monotonic() + timeout
+    while len(results) < len(receivers):
+        pending = [r for i, r in enumerate(receivers) if i not in results]
+        ready = wait(pending, timeout=max(0, deadline - time.monotonic()))
+        missing = [i for i in range(len(receivers)) if i not in results]
+        assert ready, f"ranks {missing} did not finish within {timeout} s"
+        for receiver in ready:
+            rank = receivers.index(receiver)
+            try:
+                sent = receiver.recv_bytes()
+            except EOFError:
+                raise AssertionError(f"rank {rank} died") from None
+            error, value = torch.load(io.BytesIO(sent), weights_only=False)
+            assert error is None, f"rank {rank} raised:\n{error}"
+            results[rank] = value
+    return [results[rank] for rank in range(len(receivers))]
+
+
+def free_port():
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
