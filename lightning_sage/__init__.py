@@ -7,6 +7,7 @@ from lightning_sage.install import install as install
 from lightning_sage.install import uninstall as uninstall
 from lightning_sage.metrics import SageUsage as SageUsage
 from lightning_sage.policy import SagePolicy as SagePolicy
+from lightning_sage.records import BlockRecord as BlockRecord
 from lightning_sage.sampling import ImportanceSampling as ImportanceSampling
 from lightning_sage.selections import AllTokens as AllTokens
 from lightning_sage.selections import GradientMass as GradientMass
@@ -14,4 +15,3 @@ from lightning_sage.selections import RandomTokens as RandomTokens
 from lightning_sage.selections import Selection as Selection
 from lightning_sage.selections import TopFraction as TopFraction
 from lightning_sage.selections import TopMass as TopMass
-from lightning_sage.session import BlockRecord as BlockRecord

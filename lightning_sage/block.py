@@ -10,15 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lightning_sage import ops, selfcheck
+from lightning_sage import ops, selfcheck, sharding
 from lightning_sage.arguments import Arguments, ReplayError
+from lightning_sage.balance import fit_replayed, least
 from lightning_sage.cache import SparseCache
 from lightning_sage.facts import Facts
-from lightning_sage.job import ATTRIBUTE, Job, Parts, Surroundings, Wrapped
+from lightning_sage.job import Job, Surroundings
 from lightning_sage.ops import Rows
 from lightning_sage.packing import store
+from lightning_sage.records import BlockRecord
 from lightning_sage.replay import Kept, PackedForward, Replayer, keep_attention
-from lightning_sage.session import REPLAY_STREAM, BlockRecord
+from lightning_sage.selections import Selection
+from lightning_sage.session import REPLAY_STREAM
+from lightning_sage.wrapped import ATTRIBUTE, Parts, Wrapped
 
 
 def sparse_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -47,15 +51,27 @@ def sparse_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
                 "gradient checkpointing was switched on after SAGE was installed: switch it off, "
                 "or on before, and SAGE takes its place"
             )
+        if sharding.recomputed_reentrantly():
+            raise ReplayError(
+                "it is called again by checkpoint(..., use_reentrant=True), which makes its first "
+                "call without a graph: use use_reentrant=False, or leave the block dense"
+            )
         arguments = Arguments.of(block, args, kwargs)
         parts = Parts(block)
         hidden = arguments.leaves[arguments.hidden]
         extra = [arguments.leaves[i] for i in arguments.differentiable()]
         if not (parts.slots or extra or hidden.requires_grad):
             return wrapped.run(block, *args, **kwargs)
+        if wrapped.nested is None:
+            wrapped.nested = sharding.inside(block)
+        if wrapped.nested:
+            # their tensors are others during the replay: it gives the gradients to them itself
+            parts.slots = []
         job = Job(block, wrapped, arguments, parts, Surroundings(hidden.device))
         selfcheck.first_call(job)
-        out = _Sparse.apply(job, hidden, *extra, *job.parameters)
+        # something has to require grad where frozen embeddings enter a block that is trained
+        anchor = [torch.zeros((), requires_grad=True)] if wrapped.nested else []
+        out = _Sparse.apply(job, hidden, *extra, *job.parameters, *anchor)
         return job.output(out)
     except ReplayError as error:
         if error.args and str(error).startswith("block '"):
@@ -69,7 +85,8 @@ def _keep_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
     facts = session.facts(hidden)
     recorder = session.recorder(job.seed, facts)
     out = job.run(recorder, *job.arguments.call())
-    kept, rows, scores = session.choose(wrapped.name, facts, recorder.seen, job.seed)
+    choice = session.choose(wrapped.name, facts, recorder.seen, job.seed)
+    kept, rows, scores, job.wanted, job.budget = choice
     cache = SparseCache(
         rows.index,
         store(hidden, rows, policy.cache_dtype),
@@ -107,6 +124,7 @@ def _skip_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
     every = Rows.every(1, len(rows), hidden.device)
     attention = [Kept(store(o[None], every, packing), m, v) for o, m, v in forward.kept]
     cache = SparseCache(rows.index, store(own[None], every, packing), attention)
+    job.wanted = len(rows)
     _record(job, facts, chosen, cache)
     return ops.scatter_rows(out.squeeze(0), rows.index, hidden), cache
 
@@ -143,32 +161,55 @@ class _Sparse(torch.autograd.Function):
         leaves = job.restored(saved[ctx.held :])
         wants = ctx.needs_input_grad[1:]
         grads = _replay(job, cache, leaves, grad, wants)
-        return None, *grads
+        return None, *grads, *([None] if job.wrapped.nested else [])
 
 
 def _chosen_rows(
     job: Job, cache: SparseCache, grad: Tensor
 ) -> tuple[Rows, Tensor | None, Tensor | None]:
     """Rows to replay, which of the kept rows they are (None: all), and their weights ``[R]``."""
-    replayer, probability = job.session.policy.replayer, cache.probability
-    index, picked = cache.index, None
-    count = len(index) if replayer is None else replayer.replay_count(len(index), job.valid_count)
-    if replayer is not None and count != len(index):
-        norms = ops.row_norms(grad, index).double()
-        noise = ops.uniform(int(job.seed), REPLAY_STREAM, index) if replayer.random else norms
-        # rows whose gradient is not finite come first, so that a NaN surfaces as in a dense step
-        norms = norms.where(norms.isfinite(), float("inf"))
-        chosen, p = replayer.replay(norms, cache.saliency, job.valid_count, noise)
+    index, probability, agreement = cache.index, cache.probability, job.session.agreement
+    picked, wanted = None, job.wanted
+    if job.session.policy.replayer is not None:
+        picked, p, wanted = _picked(job, job.session.policy.replayer, cache, grad)
         if p is not None:
             probability = p if probability is None else p * probability
-        picked = ops.picked(chosen, count)
-        index = index.index_select(0, picked)
-        probability = None if probability is None else probability.index_select(0, picked)
+        if picked is not None:
+            index = index.index_select(0, picked)
+            probability = None if probability is None else probability.index_select(0, picked)
+    if agreement is not None:
+        agreement.note(wanted, job.valid_count)
     weights = None if probability is None else 1 / probability
     record = job.record
     assert record is not None
     record.rows, record.factors, record.seed = index, weights, job.seed.value
     return Rows(index, job.B, job.T), picked, weights
+
+
+def _picked(
+    job: Job, replayer: Selection, cache: SparseCache, grad: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | int]:
+    """Which kept rows are replayed (None: all), their probabilities, how many without a budget."""
+    kept, valid, budget = len(cache.index), job.valid_count, job.budget
+    wanted: Tensor | int | None = replayer.replay_count(kept, valid)
+    count = wanted if budget is None else min(budget.rows, kept)
+    known = wanted is not None or job.session.agreement is None
+    if count == kept and known:
+        return None, None, least(kept if wanted is None else wanted, job.wanted)
+    norms = ops.row_norms(grad, cache.index).double()
+    noise = ops.uniform(int(job.seed), REPLAY_STREAM, cache.index) if replayer.random else norms
+    # rows whose gradient is not finite come first, so that a NaN surfaces as in a dense step
+    norms = norms.where(norms.isfinite(), float("inf"))
+    given = norms, cache.saliency, valid, noise
+    chosen = replayer.replay(*given)
+    wanted = chosen.rows.sum() if wanted is None else wanted
+    wanted = least(wanted, job.wanted)
+    if count == kept:
+        return None, None, wanted
+    if budget is not None:
+        chosen = fit_replayed(replayer, chosen, budget, given)
+    assert count is None or isinstance(count, int)
+    return ops.picked(chosen.rows, count), chosen.probability, wanted
 
 
 def _replay(
@@ -196,12 +237,7 @@ def _replay(
             with job.modes_restored():
                 out = job.run(handler, *job.packed_call(rows, hidden, leaves))
             job.forget_output()
-            with _hooks_off(targets):
-                found = list(
-                    torch.autograd.grad(
-                        out, inputs, weighted.unsqueeze(0).to(out.dtype), allow_unused=True
-                    )
-                )
+            found = _gradients(job, out, inputs, weighted.unsqueeze(0).to(out.dtype))
     through = found.pop(0) if wants[0] else None
     # zeros and not None: sharding strategies wait for every rank's gradient
     others = inputs[len(inputs) - len(found) :]
@@ -212,6 +248,21 @@ def _replay(
         return [grad, *rest]
     # what comes in through the residual path is not weighted
     return [ops.scatter_rows(through, rows.index, grad, weights), *rest]
+
+
+def _gradients(job: Job, out: Tensor, inputs: list[Tensor], grad: Tensor) -> list[Tensor | None]:
+    """Gradients of `inputs`, the last of which are the parameters that the job returns.
+
+    Where parts of the block are sharded by themselves, their hooks have to see a backward pass of
+    their own: then there are none, and gradients go to the parameters from here.
+    """
+    if job.wrapped.nested:
+        torch.autograd.backward(out, grad)
+        return [x.grad for x in inputs]
+    with _hooks_off(job.parameters):
+        found = torch.autograd.grad(out, inputs, grad, allow_unused=True)
+    job.wrapped.note_reached(job.parts.slots, found[len(inputs) - len(job.parameters) :], job.block)
+    return list(found)
 
 
 @contextmanager

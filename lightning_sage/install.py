@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_sage import sharding
 from lightning_sage.block import sparse_forward
-from lightning_sage.job import ATTRIBUTE, Wrapped
 from lightning_sage.policy import SagePolicy
+from lightning_sage.records import BlockRecord
 from lightning_sage.selfcheck import buffers_kept
-from lightning_sage.session import BlockRecord, Session
+from lightning_sage.session import Session
+from lightning_sage.wrapped import ATTRIBUTE, Wrapped
 
 
 def find_blocks(model: nn.Module, policy: SagePolicy) -> dict[str, nn.Module]:
@@ -112,6 +114,15 @@ class Installation:
         measured = self._session.dense_bytes
         return sum(measured.values()) if measured else None
 
+    @property
+    def unreached(self) -> list[str]:
+        """Trainable parameters of replayed blocks to which no replay has given a gradient yet."""
+        return [
+            f"{name}.{parameter}"
+            for name, block in self.blocks.items()
+            for parameter in sorted(block.__dict__[ATTRIBUTE].unreached or ())
+        ]
+
     def observe(self, batch: object) -> None:
         """Hand over the batch, for models whose forward is not given labels or padding by keyword.
 
@@ -163,8 +174,8 @@ def install(
             have saved, block by block.
 
     Raises:
-        ValueError: No block is found, one is wrapped already, or the policy does not fit the model.
-            The model is untouched then.
+        ValueError: No block is found, one is wrapped already, the policy does not fit the model, or
+            what was done to the model does not go with SAGE. The model is untouched then.
     """
     policy = policy or SagePolicy()
     blocks = find_blocks(model, policy)
@@ -174,6 +185,7 @@ def install(
         )
     dense = policy.left_dense(len(blocks))
     wrapped = {n: m for i, (n, m) in enumerate(blocks.items()) if i not in dense}
+    sharding.refuse_conflicts(model, wrapped)
     session = Session(replace(policy, blocks=None))
     session.measure_dense = measure_dense
     last_chooser = math.ceil(len(wrapped) / 10) - 1

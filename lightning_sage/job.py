@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,77 +11,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_sage.arguments import Arguments, Axis, ReplayError
+from lightning_sage.balance import Budget
 from lightning_sage.intercept import Handler, Tap
 from lightning_sage.ops import Rows
+from lightning_sage.records import BlockRecord
 from lightning_sage.replay import Seed
-from lightning_sage.session import BlockRecord, Session
-
-ATTRIBUTE = "_sage"
-
-
-@dataclass
-class Wrapped:
-    """What an installation leaves on a block, as its attribute `_sage`.
-
-    Attributes:
-        name: Name of the block in the model.
-        index: Place among the wrapped blocks.
-        session: Shared by all of them.
-        skips: Whether unselected tokens skip this block in the forward pass too.
-        chooses: Whether later blocks skip what this one did not keep.
-        previous: An instance attribute `forward` found on the block, if any.
-        checkpointing: What the block's `gradient_checkpointing` was, if it had been set.
-        checked: Signatures of calls that passed the self-check.
-    """
-
-    name: str
-    index: int
-    session: Session
-    skips: bool = False
-    chooses: bool = False
-    previous: Callable[..., Any] | None = None
-    checkpointing: Any = None
-    checked: set[Any] = field(default_factory=set)
-
-    def run(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The block's own forward."""
-        if self.previous is not None:
-            return self.previous(*args, **kwargs)
-        return type(block).forward(block, *args, **kwargs)
-
-
-class Parts:
-    """Modules of a block and the slots of its parameters, looked at once a call.
-
-    Slots and not tensors, because sharding strategies swap the tensors between forward and
-    backward.
-
-    Attributes:
-        modules: All of them, each once.
-        slots: Where the trainable parameters are, each once.
-        parameters: All of them, frozen ones too.
-    """
-
-    def __init__(self, block: nn.Module) -> None:
-        self.modules, seen = [block], {id(block)}
-        slots: dict[int, tuple[nn.Module, str]] = {}
-        self.parameters: list[Tensor] = []
-        # grows while it is walked: `modules()` asks many times as often
-        for module in self.modules:
-            for part in module._modules.values():
-                if part is not None and id(part) not in seen:
-                    seen.add(id(part))
-                    self.modules.append(part)
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    self.parameters.append(parameter)
-                    if parameter.requires_grad:
-                        slots.setdefault(id(parameter), (module, name))
-        self.slots = list(slots.values())
-
-    def trainable(self) -> list[Tensor]:
-        """The tensors in the slots, as they are now."""
-        return [getattr(module, name) for module, name in self.slots]
+from lightning_sage.wrapped import Parts, Wrapped
 
 
 class Surroundings:
@@ -142,6 +76,9 @@ class Job:
         self.versions = [parameter._version for parameter in parts.parameters]
         self.causal: list[bool] = []
         self.valid_count = 0
+        # rows that the policy would keep by itself, and what ranks agreed on
+        self.wanted: Tensor | int = 0
+        self.budget: Budget | None = None
         self.record: BlockRecord | None = None
         self._pairs: dict[int, Tensor] = {}
         self._outputs: tuple[list[Any], pytree.TreeSpec | None, int] | None = None

@@ -61,6 +61,10 @@ class ImportanceSampling(Selection):
         """See :func:`Selection.replay_count`."""
         return min(kept, share(self.fraction, valid))
 
+    def at(self, fraction: float) -> ImportanceSampling:
+        """See :func:`Selection.at`."""
+        return ImportanceSampling(fraction, self.uniform)
+
 
 def _draw(probability: Tensor, noise: Tensor, budget: Tensor) -> Chosen:
     """Systematic sampling: exactly `budget` rows, or all of those that have a probability.

@@ -87,6 +87,10 @@ class Selection:
         """How many of `kept` rows :func:`Selection.replay` chooses; None where that depends."""
         return None
 
+    def at(self, fraction: float) -> Selection | None:
+        """The same for another share of the batch; None where rows can be cut or added by score."""
+        return None
+
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
         return f"{type(self).__name__}({settings})"
@@ -103,7 +107,7 @@ def share(fraction: float, tokens: int) -> int:
     return math.ceil(round(fraction * tokens, 6))
 
 
-def _top(key: Tensor, count: Tensor | int) -> Tensor:
+def top(key: Tensor, count: Tensor | int) -> Tensor:
     """True at the `count` largest entries of each row of `key`; ties go to the earlier one."""
     order = key.argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order)
@@ -112,7 +116,7 @@ def _top(key: Tensor, count: Tensor | int) -> Tensor:
     return rank < (count if isinstance(count, int) else count.unsqueeze(-1))
 
 
-def _ranked(scores: Tensor, priority: Tensor, eligible: Tensor) -> Tensor:
+def ranked(scores: Tensor, priority: Tensor, eligible: Tensor) -> Tensor:
     """Scores in [0, 1] lifted by 2 a step of priority; ineligible rows last."""
     return (scores + 2 * priority).masked_fill(~eligible, -1.0)
 
@@ -167,7 +171,7 @@ class TopFraction(Selection):
     def replay(self, norms: Tensor, saliency: Tensor | None, valid: int, noise: Tensor) -> Chosen:
         """See :func:`Selection.replay`."""
         count = self.replay_count(len(norms), valid)
-        return Chosen(_top(_gradient_scores(norms, saliency), count))
+        return Chosen(top(_gradient_scores(norms, saliency), count))
 
     def replay_count(self, kept: int, valid: int) -> int:
         """See :func:`Selection.replay_count`."""
@@ -197,10 +201,10 @@ class TopMass(Selection):
     def keep(self, scores: Tensor, valid: Tensor, priority: Tensor, noise: Tensor) -> Chosen:
         """See :func:`Selection.keep`."""
         count = _mass_count(scores, self.mass).clamp(min=self.min_tokens)
-        kept = (_top(scores.masked_fill(~valid, -1.0), count) | (priority > 0)) & valid
+        kept = (top(scores.masked_fill(~valid, -1.0), count) | (priority > 0)) & valid
         if self.max_fraction is not None:
             budget = _budget(self.max_fraction, valid, priority)
-            kept = kept & _top(_ranked(scores, priority, kept), budget)
+            kept = kept & top(ranked(scores, priority, kept), budget)
         return Chosen(kept)
 
 
@@ -232,6 +236,10 @@ class AllTokens(Selection):
         """See :func:`Selection.keep`."""
         return Chosen(valid)
 
+    def at(self, fraction: float) -> AllTokens:
+        """See :func:`Selection.at`: all are all."""
+        return self
+
 
 class GradientMass(Selection):
     """The fewest kept rows that together hold `mass` of the score; for `replay` only.
@@ -258,7 +266,7 @@ class GradientMass(Selection):
         count = _mass_count(scores.where(finite, 0.0), self.mass) + (~finite).sum()
         if self.max_fraction is not None:
             count = count.clamp(max=share(self.max_fraction, valid))
-        return Chosen(_top(scores, count))
+        return Chosen(top(scores, count))
 
 
 def running_sum(x: Tensor) -> Tensor:

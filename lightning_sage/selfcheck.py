@@ -42,11 +42,17 @@ def first_call(job: Job) -> None:
     if kind in wrapped.checked and not session.force_check:
         return
     hidden = job.hidden
-    with torch.no_grad(), random_state_kept(hidden.device), buffers_kept(job.block):
+    # hooks of a checkpoint around the block count what is saved, and this is saved once only
+    unseen = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+    with torch.no_grad(), random_state_kept(hidden.device), buffers_kept(job.block), unseen:
         if session.measure_dense and wrapped.index not in session.dense_bytes:
             session.dense_bytes[wrapped.index] = dense_bytes(job)
         if _compare(job, hidden):
             wrapped.checked.add(kind)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _compare(job: Job, hidden: Tensor) -> bool:

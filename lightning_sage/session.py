@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_sage import ops
 from lightning_sage.arguments import ReplayError
+from lightning_sage.balance import Agreement, Budget, fit_kept
 from lightning_sage.facts import Facts, Judged
 from lightning_sage.masks import Looked, visibility
 from lightning_sage.ops import Rows, Visibility
 from lightning_sage.policy import SagePolicy
+from lightning_sage.records import BlockRecord
 from lightning_sage.replay import Recorder, Seed, Seen
 from lightning_sage.saliency import saliency
 from lightning_sage.selections import Chosen
@@ -23,45 +24,22 @@ from lightning_sage.selections import Chosen
 KEEP_STREAM, REPLAY_STREAM = -1, -2
 
 
-@dataclass
-class BlockRecord:
-    """What one block did with the latest batch.
+class Choice(NamedTuple):
+    """What a block keeps.
 
     Attributes:
-        name: Name of the block in the model.
-        valid: ``[B, T]`` bool, False on padding.
-        kept: ``[B, T]`` bool.
-        cached_bytes: Bytes held between forward and backward for this block alone.
-        seed: Of the block's dropout and draws; None where nothing was random.
-        rows: ``[R]`` int64, the replayed rows, or None before a backward pass.
-        factors: ``[R]``, what their branch gradient was multiplied by; None for 1.
+        kept: The rows, ``[B, T]``.
+        rows: The same, packed.
+        scores: The saliency, ``[B, T]``, where the policy uses one.
+        wanted: How many rows the policy would have kept by itself.
+        budget: What ranks agreed on, if anything.
     """
 
-    name: str
-    valid: Tensor
-    kept: Tensor
-    cached_bytes: int = 0
-    seed: int | None = None
-    rows: Tensor | None = None
-    factors: Tensor | None = None
-
-    @property
-    def replayed(self) -> Tensor | None:
-        """``[B, T]`` bool, or None before a backward pass."""
-        weights = self.weights
-        return None if weights is None else weights > 0
-
-    @property
-    def weights(self) -> Tensor | None:
-        """``[B, T]`` float64, the factor of each replayed row's branch gradient, 0 elsewhere.
-
-        1/p, or 1 where nothing was drawn; None before a backward pass.
-        """
-        if self.rows is None:
-            return None
-        weights = torch.zeros(self.kept.numel(), dtype=torch.float64, device=self.kept.device)
-        weights[self.rows] = 1.0 if self.factors is None else self.factors.double()
-        return weights.view(self.kept.shape)
+    kept: Chosen
+    rows: Rows
+    scores: Tensor | None
+    wanted: Tensor | int
+    budget: Budget | None
 
 
 class Session:
@@ -74,6 +52,8 @@ class Session:
     def __init__(self, policy: SagePolicy) -> None:
         self.policy = policy
         self.records: dict[int, BlockRecord] = {}
+        # between ranks; None where each goes its own way
+        self.agreement: Agreement | None = None
         self.batch: Mapping[str, Any] = {}
         self.force_check = False
         self.measure_dense = False
@@ -90,12 +70,12 @@ class Session:
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle take along: nothing that belongs to a forward under way."""
-        passing = ("_inside", "_masks", "_facts", "batch", "records", "skip_rows")
+        passing = ("_inside", "_masks", "_facts", "batch", "records", "skip_rows", "agreement")
         return {name: value for name, value in vars(self).items() if name not in passing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.batch, self.records = {}, {}
+        self.batch, self.records, self.agreement = {}, {}, None
         self._reset()
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -211,10 +191,8 @@ class Session:
             labelled = torch.cat([labelled[:, 1:], torch.zeros_like(labelled[:, :1])], dim=1)
         return labelled & valid, labelled & valid
 
-    def choose(
-        self, name: str, facts: Facts, seen: list[Seen], seed: Seed
-    ) -> tuple[Chosen, Rows, Tensor | None]:
-        """Rows to keep, packed too, and the saliency ``[B, T]`` where the policy uses one.
+    def choose(self, name: str, facts: Facts, seen: list[Seen], seed: Seed) -> Choice:
+        """Rows to keep.
 
         Raises:
             ReplayError: The policy needs saliency and the block made no attention call.
@@ -238,12 +216,22 @@ class Session:
         noise = judged.noise
         if keeper.random:
             noise = ops.uniform(int(seed), KEEP_STREAM, facts.every.index.view_as(valid))
-        known = judged.noise if scores is None else scores
-        chosen = keeper.keep(known, valid, judged.priority, noise)
+        given = judged.noise if scores is None else scores, valid, judged.priority, noise
+        chosen = own = keeper.keep(*given)
         # the device is waited for only where the number of rows is news
         if keeper.fixed and judged.count is None:
             judged.count = int(chosen.rows.sum())
-        return chosen, ops.rows_of(chosen.rows, judged.count), scores
+        count, budget = judged.count, None
+        if self.agreement is not None:
+            budget = self.agreement.budget(facts.count)
+        if budget is not None:
+            chosen = fit_kept(keeper, own, budget, replayer is None, given)
+            if chosen is not own and replayer is None:
+                count = budget.rows
+            elif chosen is not own and count is not None:
+                count = max(count, budget.rows)
+        wanted = own.rows.sum() if judged.count is None else judged.count
+        return Choice(chosen, ops.rows_of(chosen.rows, count), scores, wanted, budget)
 
 
 def _refuse_requests(config: Any, kwargs: dict[str, Any]) -> None:

@@ -1,0 +1,187 @@
+"""What ranks agree on once a batch: how many rows each of them replays, whose loss counts how much.
+
+Ranks wait for the slowest at every bucket of gradients, and adaptive selections make them keep
+different numbers of tokens. One small all-reduce a batch tells every rank what all would replay;
+its result is waited for where it is first needed, inside the first block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_sage.arguments import ReplayError
+from lightning_sage.selections import Chosen, Selection, ranked, share, top
+
+Mode = Literal["none", "mean", "max"]
+
+
+class Budget(NamedTuple):
+    """Rows that a block is to replay of a call.
+
+    Attributes:
+        rows: How many.
+        tokens: Valid tokens of the call.
+    """
+
+    rows: int
+    tokens: int
+
+    @property
+    def fraction(self) -> float:
+        """Rows by tokens."""
+        return self.rows / self.tokens
+
+
+class Agreement:
+    """One batch's numbers of every rank, and what follows from them.
+
+    A rank's demand is estimated: the share of its valid tokens that its blocks, on average, would
+    have replayed in the batch before, times the valid tokens of this one. In the first batch
+    nothing is known, and every rank goes its own way.
+
+    Args:
+        mode: Every block of every rank replays as many rows as the ranks want on average (`mean`),
+            or as the one that wants most (`max`); `none` leaves each rank to itself.
+        device: Where numbers are exchanged.
+
+    Attributes:
+        share: 0-dim float64, share of the valid tokens that blocks would have replayed in the
+            latest batch; None before there was one.
+    """
+
+    def __init__(self, mode: Mode, device: torch.device) -> None:
+        self.mode, self.device = mode, device
+        self.share: Tensor | None = None
+        self._wanted: list[Tensor | int] = []
+        self._valid = 0
+        self._table: Tensor | None = None
+        self._work: Any = None
+        self._rows: list[list[float]] = []
+
+    def start(self, tokens: Tensor | int, loss_tokens: Tensor | int) -> None:
+        """Tell the other ranks of a batch; every rank has to.
+
+        Args:
+            tokens: Valid tokens of this rank's batch; 0-dim where it is a tensor.
+            loss_tokens: Those among them that bear loss.
+        """
+        self._close()
+        own = [tokens, tokens * (self.share if self.share is not None else 0), loss_tokens]
+        # filled on the device: nothing here waits for it
+        self._table = torch.zeros(dist.get_world_size(), 3, dtype=torch.float64, device=self.device)
+        for place, value in zip(self._table[dist.get_rank()], own, strict=True):
+            place.fill_(value) if not isinstance(value, Tensor) else place.copy_(value)
+        self._work, self._rows = dist.all_reduce(self._table, async_op=True), []
+
+    def _close(self) -> None:
+        """Sum up what the blocks wanted in the latest batch."""
+        if self._valid:
+            wanted = sum(x.to(self.device) if isinstance(x, Tensor) else x for x in self._wanted)
+            self.share = torch.as_tensor(wanted, dtype=torch.float64, device=self.device)
+            self.share = self.share / self._valid
+        self._wanted, self._valid = [], 0
+
+    def note(self, wanted: Tensor | int, valid: int) -> None:
+        """Remember how many rows, of `valid` tokens, a block would have replayed by itself."""
+        if self.mode != "none":
+            self._wanted.append(wanted)
+            self._valid += valid
+
+    def budget(self, valid: int) -> Budget | None:
+        """Rows that a block replays of a call with `valid` tokens; None: as many as it wants."""
+        if self.mode == "none" or self._table is None or not valid:
+            return None
+        asked = [wanted for _, wanted, _ in self._everyone() if wanted > 0]
+        tokens = self._everyone()[dist.get_rank()][0]
+        if not asked or not tokens:
+            return None
+        rows = fmean(asked) if self.mode == "mean" else max(asked)
+        return Budget(share(min(1.0, rows / tokens), valid), valid)
+
+    def loss_tokens(self) -> tuple[float, float]:
+        """Loss-bearing tokens of the batch: this rank's, and those of all ranks."""
+        counts = [count for _, _, count in self._everyone()]
+        return counts[dist.get_rank()], sum(counts)
+
+    def _everyone(self) -> Sequence[Sequence[float]]:
+        if not self._rows:
+            assert self._table is not None
+            self._work.wait()
+            self._rows = self._table.tolist()
+        return self._rows
+
+
+def fit_kept(
+    keeper: Selection, own: Chosen, budget: Budget, exactly: bool, given: Sequence[Tensor]
+) -> Chosen:
+    """Rows to keep where a budget of them is to be replayed.
+
+    Args:
+        keeper: The selection.
+        own: What it chose by itself, ``[B, T]``.
+        budget: Rows to replay.
+        exactly: Whether all that is kept is replayed; else the budget is the least that is kept.
+        given: What the selection chose from, as for :func:`Selection.keep`.
+
+    Raises:
+        ReplayError: The selection draws with probabilities and has no :func:`Selection.at`.
+    """
+    scores, valid, priority, noise = given
+    other = keeper.at(budget.fraction)
+    if other is not None:
+        return other.keep(scores, valid, priority, noise) if exactly else own
+    # always-kept rows first, then those that bear loss, as the selection itself would
+    order = ranked(noise if keeper.random else scores, priority, valid)
+    rows = _cut_or_filled(keeper, own, order, budget.rows) & valid
+    return Chosen(rows if exactly else rows | own.rows)
+
+
+def fit_replayed(
+    replayer: Selection,
+    own: Chosen,
+    budget: Budget,
+    given: tuple[Tensor, Tensor | None, int, Tensor],
+) -> Chosen:
+    """Rows to replay within a budget that is less than what is kept.
+
+    Args:
+        replayer: The selection.
+        own: What it chose by itself, ``[N]``.
+        budget: Rows to replay.
+        given: What the selection chose from, as for :func:`Selection.replay`.
+
+    Raises:
+        ReplayError: The selection draws with probabilities and has no :func:`Selection.at`.
+    """
+    other = replayer.at(budget.fraction)
+    if other is not None:
+        return other.replay(*given)
+    return Chosen(_cut_or_filled(replayer, own, given[0], budget.rows))
+
+
+def least(a: Tensor | int, b: Tensor | int) -> Tensor | int:
+    """The smaller of two numbers, without waiting for a device."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.minimum(a, b)
+    if isinstance(a, Tensor):
+        return a.clamp(max=b)
+    return b.clamp(max=a) if isinstance(b, Tensor) else min(a, b)
+
+
+def _cut_or_filled(selection: Selection, own: Chosen, order: Tensor, count: int) -> Tensor:
+    """The `count` first of the chosen rows by `order`, then of the others; of the whole batch."""
+    if own.probability is not None:
+        raise ReplayError(
+            f"{selection!r} draws rows with probabilities, which no budget may change: give it "
+            "a method at(fraction), or use balance='none'"
+        )
+    finite = order.isfinite()
+    lift = order.where(finite, 0.0).max() + 1
+    # rows whose gradient is not finite stay first
+    return top((order + own.rows * lift).flatten(), count).view_as(own.rows)

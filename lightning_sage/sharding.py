@@ -1,0 +1,84 @@
+"""How a block is sharded, checkpointed or run in sequence parallel: seen from the outside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def inside(block: nn.Module) -> bool:
+    """Whether parts of a block are sharded by themselves (FSDP2), apart from the block."""
+    return any(sharded(module) for module in block.modules() if module is not block)
+
+
+def sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` (FSDP2) was called on this very module."""
+    if not dist.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def refuse_conflicts(model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
+    """Refuse what would make the replay of a block wrong or pointless.
+
+    Raises:
+        ValueError: Reentrant checkpointing around or inside a block, or sequence parallelism.
+    """
+    for name, module in model.named_modules():
+        if _reentrant(module):
+            for other in blocks:
+                if f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}."):
+                    raise ValueError(
+                        f"'{name}' is checkpointed with use_reentrant=True (a CheckpointWrapper), "
+                        f"and SAGE on '{other}' saves less than that does: take the wrapper off, "
+                        "or leave the block dense with dense_blocks"
+                    )
+    for name, block in blocks.items():
+        for part, inner in block.named_modules():
+            if any("SequenceParallel" in origin for origin in _hook_origins(inner)):
+                raise ValueError(
+                    f"'{name}.{part}' runs under SequenceParallel, where a rank has only some of "
+                    "the tokens, and SAGE has to see all of them: use tensor parallelism without "
+                    "it, or FSDP (strategy='sage_fsdp')"
+                )
+
+
+def recomputed_reentrantly() -> bool:
+    """Whether this forward is the second of `checkpoint(..., use_reentrant=True)`.
+
+    Its first one recorded no graph and drew dropout of its own, which this one would not repeat.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    # the other kind of checkpoint recomputes under hooks of its own
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return "_recomputation_hook" not in getattr(hooks and hooks[0], "__qualname__", "")
+
+
+def _reentrant(module: nn.Module) -> bool:
+    # a private module of torch, whose name is all that is relied on
+    if type(module).__name__ != "CheckpointWrapper":
+        return False
+    implementation = getattr(module, "checkpoint_impl", None)
+    return getattr(implementation, "name", "") == "REENTRANT"
+
+
+def _hook_origins(module: nn.Module) -> Iterator[str]:
+    """Qualified names of the functions that forward hooks of a module lead to."""
+    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        for function in (hook, *_closed_over(hook)):
+            while isinstance(function, partial):
+                function = function.func
+            yield getattr(function, "__qualname__", "")
+
+
+def _closed_over(function: Any) -> list[Any]:
+    """What a closure holds: `distribute_module` puts a style's function there."""
+    return [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]

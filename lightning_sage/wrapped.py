@@ -1,0 +1,99 @@
+"""What an installation leaves on a block, and what the block is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_sage.session import Session
+
+ATTRIBUTE = "_sage"
+
+# where a parameter is: its module and its name there
+Slot = tuple[nn.Module, str]
+
+
+@dataclass
+class Wrapped:
+    """What an installation leaves on a block, as its attribute `_sage`.
+
+    Attributes:
+        name: Name of the block in the model.
+        index: Place among the wrapped blocks.
+        session: Shared by all of them.
+        skips: Whether unselected tokens skip this block in the forward pass too.
+        chooses: Whether later blocks skip what this one did not keep.
+        previous: An instance attribute `forward` found on the block, if any.
+        checkpointing: What the block's `gradient_checkpointing` was, if it had been set.
+        checked: Signatures of calls that passed the self-check.
+        nested: Whether parts of the block are sharded by themselves, known from its first call on.
+        unreached: Parameters that no replay has given a gradient; None before the first replay.
+    """
+
+    name: str
+    index: int
+    session: Session
+    skips: bool = False
+    chooses: bool = False
+    previous: Callable[..., Any] | None = None
+    checkpointing: Any = None
+    checked: set[Any] = field(default_factory=set)
+    nested: bool | None = None
+    unreached: set[str] | None = None
+
+    def run(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The block's own forward."""
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
+        return type(block).forward(block, *args, **kwargs)
+
+    def note_reached(
+        self, slots: list[Slot], found: Sequence[Tensor | None], block: nn.Module
+    ) -> None:
+        """Note which parameters a replay gave a gradient."""
+        # soon empty, and then there is nothing to look at
+        if self.unreached is None or self.unreached:
+            names = {id(module): name for name, module in block.named_modules()}
+            missing = {
+                f"{names[id(module)]}.{name}".lstrip(".")
+                for (module, name), gradient in zip(slots, found, strict=True)
+                if gradient is None
+            }
+            self.unreached = missing if self.unreached is None else self.unreached & missing
+
+
+class Parts:
+    """Modules of a block and the slots of its parameters, looked at once a call.
+
+    Slots and not tensors, because sharding strategies swap the tensors between forward and
+    backward.
+
+    Attributes:
+        modules: All of them, each once.
+        slots: Where the trainable parameters are, each once.
+        parameters: All of them, frozen ones too.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self.modules, seen = [block], {id(block)}
+        slots: dict[int, Slot] = {}
+        self.parameters: list[Tensor] = []
+        # grows while it is walked: `modules()` asks many times as often
+        for module in self.modules:
+            for part in module._modules.values():
+                if part is not None and id(part) not in seen:
+                    seen.add(id(part))
+                    self.modules.append(part)
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    self.parameters.append(parameter)
+                    if parameter.requires_grad:
+                        slots.setdefault(id(parameter), (module, name))
+        self.slots = list(slots.values())
+
+    def trainable(self) -> list[Tensor]:
+        """The tensors in the slots, as they are now."""
+        return [getattr(module, name) for module, name in self.slots]
