@@ -15,3 +15,5 @@ from lightning_sage.selections import RandomTokens as RandomTokens
 from lightning_sage.selections import Selection as Selection
 from lightning_sage.selections import TopFraction as TopFraction
 from lightning_sage.selections import TopMass as TopMass
+from lightning_sage.strategies import SageModelParallelStrategy as SageModelParallelStrategy
+from lightning_sage.strategies import SageStrategy as SageStrategy

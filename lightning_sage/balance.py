@@ -87,6 +87,16 @@ class Agreement:
             self.share = self.share / self._valid
         self._wanted, self._valid = [], 0
 
+    def demand(self) -> float | None:
+        """The share of the latest batch, to be resumed from; None where there was none."""
+        self._close()
+        return None if self.share is None else float(self.share)
+
+    def resume(self, demand: float | None) -> None:
+        """Go on from what :meth:`demand` gave."""
+        if demand is not None:
+            self.share = torch.tensor(demand, dtype=torch.float64, device=self.device)
+
     def note(self, wanted: Tensor | int, valid: int) -> None:
         """Remember how many rows, of `valid` tokens, a block would have replayed by itself."""
         if self.mode != "none":

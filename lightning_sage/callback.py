@@ -13,13 +13,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
-from rich.table import Table
 
 from lightning_sage.arguments import ReplayError
+from lightning_sage.balance import Agreement
 from lightning_sage.install import Installation, install
 from lightning_sage.memory import MIB
 from lightning_sage.metrics import SageUsage
 from lightning_sage.policy import SagePolicy
+from lightning_sage.resume import gathered, place, random_states, restore_random_states
+from lightning_sage.summary import summary_table
+from lightning_sage.support import check_trainer, refuse_other_package
 
 
 class SageCallback(Callback):
@@ -33,13 +36,21 @@ class SageCallback(Callback):
         policy: Which tokens are kept and replayed; None is `SagePolicy()`.
         measure_dense: Count, on the first batch, what a dense step would have saved for backward.
         print_summary: Print the table at the end of the fit.
+        check_gradients: Check at the first step that every trainable parameter of a block that
+            was replayed got a gradient; switch it off where experts may go without tokens.
+        allow_untested: Try what is known not to go with SAGE, or not known to, with a warning.
 
     Attributes:
+        agreement: What ranks tell one another, given by a strategy of this package.
         installation: What is installed in the model; None outside of a fit.
         usage: The metric, over all steps of the latest fit.
         summary: The numbers of the table, from the end of the latest fit.
 
+    Checkpoints hold the states of the random generators of every rank, so that a resumed fit
+    draws (selections, dropout) what the uninterrupted one would have drawn.
+
     Raises:
+        ValueError: When the fit starts: a strategy, plugin or setting does not go with SAGE.
         ReplayError: At the first step: a block cannot be replayed, or its parameters were reached
             by the backward pass and got no gradient.
     """
@@ -49,15 +60,21 @@ class SageCallback(Callback):
         policy: SagePolicy | None = None,
         measure_dense: bool = True,
         print_summary: bool = True,
+        check_gradients: bool = True,
+        allow_untested: bool = False,
     ) -> None:
         super().__init__()
         self.policy = policy or SagePolicy()
         self.measure_dense = measure_dense
         self.print_summary = print_summary
+        self.check_gradients = check_gradients
+        self.allow_untested = allow_untested
+        self.agreement: Agreement | None = None
         self.installation: Installation | None = None
         self.usage = SageUsage()
         self.summary: dict[str, float] = {}
         self._recent = SageUsage()
+        self._resumed: list[dict[str, Any]] = []
         self._start_fit()
 
     def _start_fit(self) -> None:
@@ -73,7 +90,7 @@ class SageCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what leads to the model: copying the callback must not copy that."""
-        state = {**self.__dict__, "installation": None}
+        state = {**self.__dict__, "installation": None, "agreement": None}
         # Lightning puts the module's bound methods here
         state.pop("log", None)
         state.pop("log_dict", None)
@@ -81,38 +98,70 @@ class SageCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Install where the blocks exist already, so that a tuner's trial steps are sparse too."""
-        _refuse_other_package(trainer, pl_module)
+        refuse_other_package(trainer, pl_module)
         if stage == "fit":
+            check_trainer(trainer, pl_module, self.allow_untested)
             # blocks may be built later, in configure_model: on_fit_start raises what is left
             with suppress(ValueError):
-                self._install(trainer, pl_module)
+                self.attach(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install anew, now that adapters, precision and sharding are in place."""
-        self._install(trainer, pl_module)
+        self.attach(trainer, pl_module)
         self._start_fit()
         self.usage.to(trainer.strategy.root_device)
         self._recent.to(trainer.strategy.root_device)
 
-    def _install(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._remove()
+    def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Install, in place of what was installed before."""
+        self.detach()
         measure_dense = self.measure_dense and not trainer.barebones
         self.installation = install(pl_module, self.policy, measure_dense=measure_dense)
+        self.installation.agreement = self.agreement
 
-    def _remove(self) -> None:
+    def detach(self) -> None:
+        """Remove; again is no error."""
         if self.installation is not None:
             self.installation.remove()
             self.installation = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove."""
-        self._remove()
+        self.detach()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Remove: the Trainer calls no teardown after an exception."""
-        self._remove()
+        self.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """States of all ranks' random generators, and what they agreed on last; asked on all."""
+        # after an exception other ranks may not be there to answer
+        if self.installation is None:
+            return {}
+        own: dict[str, Any] = {"random": random_states(self.usage.device)}
+        if self.agreement is not None:
+            own["demand"] = self.agreement.demand()
+        return {"ranks": gathered(own)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember it until the first batch: what comes before draws numbers of its own."""
+        self._resumed = state_dict.get("ranks", [])
+
+    def _resume(self) -> None:
+        rank, world = place()
+        if self._resumed and len(self._resumed) != world:
+            rank_zero_warn(
+                f"the checkpoint holds random states of {len(self._resumed)} processes and this "
+                f"fit has {world}: it goes on with other random numbers"
+            )
+        elif self._resumed:
+            own = self._resumed[rank]
+            restore_random_states(own["random"], self.usage.device)
+            if self.agreement is not None:
+                self.agreement.resume(own.get("demand"))
+        self._resumed = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count steps from where a resumed fit continues."""
@@ -123,6 +172,7 @@ class SageCallback(Callback):
     ) -> None:
         """Show the batch's labels and padding to the installation, in case the model is not."""
         assert self.installation is not None
+        self._resume()
         if not self._mode_checked:
             self._mode_checked = True
             _warn_of_eval_mode(self.installation)
@@ -132,9 +182,10 @@ class SageCallback(Callback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check once, before the first optimizer step, that no gradient was lost."""
         assert self.installation is not None
-        # DeepSpeed keeps gradients in buffers of its own
-        if not self._gradients_checked and not isinstance(trainer.strategy, DeepSpeedStrategy):
-            self._gradients_checked = _check_gradients(self.installation)
+        if self.check_gradients and not self._gradients_checked:
+            # DeepSpeed keeps gradients in buffers of its own
+            kept = not isinstance(trainer.strategy, DeepSpeedStrategy)
+            self._gradients_checked = _check_gradients(self.installation, kept)
 
     def on_train_batch_end(
         self,
@@ -188,16 +239,7 @@ class SageCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table, below the progress bar."""
         if self.print_summary and self.summary and trainer.is_global_zero:
-            Console().print(_table(self.summary))
-
-
-def _refuse_other_package(*objects: object) -> None:
-    for item in objects:
-        if any(base.__module__.split(".")[0] == "pytorch_lightning" for base in type(item).__mro__):
-            raise TypeError(
-                f"SageCallback belongs to lightning.pytorch, but {type(item).__name__} comes from "
-                "pytorch_lightning; import the Trainer and the module from lightning.pytorch"
-            )
+            Console().print(summary_table(self.summary))
 
 
 def _warn_of_eval_mode(installation: Installation) -> None:
@@ -210,38 +252,32 @@ def _warn_of_eval_mode(installation: Installation) -> None:
         )
 
 
-def _check_gradients(installation: Installation) -> bool:
-    """Whether the backward pass reached a block; if so, its parameters must have gradients."""
+def _check_gradients(installation: Installation, kept: bool) -> bool:
+    """Whether the backward pass reached a block; if so, its parameters must have gradients.
+
+    Args:
+        installation: What is installed.
+        kept: Whether gradients are where torch puts them.
+    """
     reached = {record.name for record in installation.records if record.replayed is not None}
-    lost = [
-        f"{name}.{parameter}"
-        for name, block in installation.blocks.items()
-        if name in reached
-        for parameter, value in block.named_parameters()
-        # a rank may hold no element of a sharded parameter
-        if value.requires_grad and value.grad is None and value.numel()
-    ]
+    lost = (
+        []
+        if not kept
+        else [
+            f"{name}.{parameter}"
+            for name, block in installation.blocks.items()
+            if name in reached
+            for parameter, value in block.named_parameters()
+            # a rank may hold no element of a sharded parameter
+            if value.requires_grad and value.grad is None and value.numel()
+        ]
+    )
+    lost = sorted({*lost, *installation.unreached})
     if lost:
         more = f" and {len(lost) - 8} more" if len(lost) > 8 else ""
         raise ReplayError(
             f"no gradient reached {', '.join(lost[:8])}{more}, although the backward pass went "
-            "through their blocks; if parts of a block are sharded, shard the block as a whole"
+            "through their blocks; freeze them if they are not used, or, if they are experts that "
+            "had no token, set SageCallback(check_gradients=False)"
         )
     return bool(reached)
-
-
-def _table(summary: Mapping[str, float]) -> Table:
-    table = Table("", "SAGE", title="SAGE: memory for the backward pass", title_justify="left")
-    table.columns[1].justify = "right"
-    table.add_row("tokens kept", f"{summary['kept_fraction']:.1%}")
-    table.add_row("tokens replayed", f"{summary['replayed_fraction']:.1%}")
-    table.add_row("cached a step", _mib(summary["cached_mib"]))
-    if "ratio" in summary:
-        table.add_row("a dense step saves (first batch)", _mib(summary["dense_mib"]))
-        table.add_row("cached / dense (first batch)", f"{summary['ratio']:.3f}")
-    table.add_row("seconds a step (median)", f"{summary['seconds']:.3g}")
-    return table
-
-
-def _mib(value: float) -> str:
-    return f"{value:,.1f} MiB" if value >= 100 else f"{value:.3g} MiB"

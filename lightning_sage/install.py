@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lightning_sage import sharding
+from lightning_sage.balance import Agreement
 from lightning_sage.block import sparse_forward
 from lightning_sage.policy import SagePolicy
 from lightning_sage.records import BlockRecord
@@ -113,6 +114,15 @@ class Installation:
         """Bytes that a dense step would have saved in the blocks; None before it was measured."""
         measured = self._session.dense_bytes
         return sum(measured.values()) if measured else None
+
+    @property
+    def agreement(self) -> Agreement | None:
+        """What ranks tell one another of every batch; None where each goes its own way."""
+        return self._session.agreement
+
+    @agreement.setter
+    def agreement(self, agreement: Agreement | None) -> None:
+        self._session.agreement = agreement
 
     @property
     def unreached(self) -> list[str]:

@@ -7,8 +7,9 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 
 def inside(block: nn.Module) -> bool:
@@ -18,10 +19,6 @@ def inside(block: nn.Module) -> bool:
 
 def sharded(module: nn.Module) -> bool:
     """Whether `fully_shard` (FSDP2) was called on this very module."""
-    if not dist.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
     return isinstance(module, FSDPModule)
 
 
@@ -82,3 +79,43 @@ def _hook_origins(module: nn.Module) -> Iterator[str]:
 def _closed_over(function: Any) -> list[Any]:
     """What a closure holds: `distribute_module` puts a style's function there."""
     return [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+
+
+def shard(
+    module: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    mesh: DeviceMesh,
+    precision: MixedPrecisionPolicy,
+) -> None:
+    """Shard blocks (FSDP2) and then what is around them; nothing where anything is sharded already.
+
+    Args:
+        module: A module whose own forward is not called, but those of its children are.
+        blocks: Parts that are gathered one at a time.
+        mesh: The ranks.
+        precision: Types of gathered parameters and reduced gradients.
+
+    Raises:
+        ValueError: Parameters lie on the module itself.
+    """
+    if any(sharded(part) for part in module.modules()):
+        return
+    roots = list(_roots(module))
+    for part in (*blocks.values(), *roots):
+        if not sharded(part):
+            fully_shard(part, mesh=mesh, mp_policy=precision)
+
+
+def _roots(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules that have a forward of their own and parameters."""
+    if own := [name for name, x in module._parameters.items() if x is not None]:
+        raise ValueError(
+            f"{', '.join(own)} of {type(module).__name__} cannot be sharded, because they belong "
+            "to no module that is called: put them into a module of their own, or call "
+            "fully_shard in configure_model"
+        )
+    for child in module.children():
+        if type(child).forward is nn.Module.forward:
+            yield from _roots(child)
+        elif any(True for _ in child.parameters()):
+            yield child

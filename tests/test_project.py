@@ -65,10 +65,21 @@ MAY_IMPORT = {
         "replay", "selections", "selfcheck", "session", "sharding", "wrapped",
     },
     "install": {
-        "torch", "block", "policy", "records", "selfcheck", "session", "sharding", "wrapped",
+        "torch", "balance", "block", "policy", "records", "selfcheck", "session", "sharding",
+        "wrapped",
     },
     "metrics": {"torch", "torchmetrics", "memory"},
-    "callback": {"lightning", "rich", "arguments", "install", "metrics", "policy", "memory"},
+    "resume": {"torch"},
+    "support": {"lightning"},
+    "summary": {"rich"},
+    "callback": {
+        "lightning", "rich", "arguments", "balance", "install", "memory", "metrics", "policy",
+        "resume", "summary", "support",
+    },
+    "tokens": {"torch"},
+    "strategies": {
+        "torch", "lightning", "balance", "callback", "install", "policy", "sharding", "tokens",
+    },
     "cross_entropy": {"torch"},
     "models": {"torch", "lightning", "torchmetrics", "transformers", "peft", "cross_entropy"},
     "data": {"torch", "lightning", "transformers", "datasets"},

@@ -1,0 +1,25 @@
+"""The table that is printed at the end of a fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.table import Table
+
+
+def summary_table(summary: Mapping[str, float]) -> Table:
+    """One line for each number of `SageCallback.summary`."""
+    table = Table("", "SAGE", title="SAGE: memory for the backward pass", title_justify="left")
+    table.columns[1].justify = "right"
+    table.add_row("tokens kept", f"{summary['kept_fraction']:.1%}")
+    table.add_row("tokens replayed", f"{summary['replayed_fraction']:.1%}")
+    table.add_row("cached a step", _mib(summary["cached_mib"]))
+    if "ratio" in summary:
+        table.add_row("a dense step saves (first batch)", _mib(summary["dense_mib"]))
+        table.add_row("cached / dense (first batch)", f"{summary['ratio']:.3f}")
+    table.add_row("seconds a step (median)", f"{summary['seconds']:.3g}")
+    return table
+
+
+def _mib(value: float) -> str:
+    return f"{value:,.1f} MiB" if value >= 100 else f"{value:.3g} MiB"
