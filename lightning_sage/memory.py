@@ -38,7 +38,9 @@ def saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[Callable[[], int]]:
         ...     held()
         32
     """
-    excluded = {tensor.untyped_storage().data_ptr() for tensor in exclude}
+    # a distributed tensor has no storage of its own
+    local = (getattr(tensor, "_local_tensor", tensor) for tensor in exclude)
+    excluded = {tensor.untyped_storage().data_ptr() for tensor in local}
     alive: weakref.WeakSet[_Held] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> _Held:

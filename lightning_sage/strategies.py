@@ -101,7 +101,8 @@ class _SageMixin(ParallelStrategy):
         """Tell the other ranks of the batch, then run the step."""
         if self.agreement is not None:
             batch = args[0] if args else next(iter(kwargs.values()), None)
-            self.agreement.start(count_tokens(batch), self._loss_tokens(batch))
+            tokens = 0 if self.balance == "none" else count_tokens(batch)
+            self.agreement.start(tokens, self._loss_tokens(batch))
         return super().training_step(*args, **kwargs)
 
     def _loss_tokens(self, batch: Any) -> Tensor | int:
