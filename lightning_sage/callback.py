@@ -219,8 +219,11 @@ class SageCallback(Callback):
 
     def _log(self, pl_module: LightningModule, on_step: bool) -> None:
         values = {f"sage/{name}": value for name, value in self._recent.compute().items()}
-        # never the metric itself: Lightning wants logged metrics to be the module's own
-        pl_module.log_dict(values, on_step=on_step, on_epoch=not on_step, batch_size=1)
+        # never the metric itself: Lightning wants logged metrics to be the module's own.
+        # compute() is over all ranks already; sync_dist only tells Lightning
+        pl_module.log_dict(
+            values, on_step=on_step, on_epoch=not on_step, batch_size=1, sync_dist=not on_step
+        )
         self._recent.reset()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -123,7 +123,11 @@ def _replayed(job: Job, comparer: _Comparer, rows: Rows, own: Tensor) -> Tensor:
             ) from error
     known = {id(x) for x in (own, *leaves.values(), *job.parameters)}
     # where parts are sharded by themselves, the replay hands gradients to whatever is there
-    lost = [] if job.wrapped.nested else [list(x.shape) for x in _graph_leaves(out) if id(x) not in known]
+    lost = (
+        []
+        if job.wrapped.nested
+        else [list(x.shape) for x in _graph_leaves(out) if id(x) not in known]
+    )
     if lost:
         raise ReplayError(
             f"it uses {len(lost)} tensors that require grad and are not registered on it, the "

@@ -63,7 +63,9 @@ def check_trainer(trainer: Trainer, module: LightningModule, allow_untested: boo
         )
     if reasons:
         rank_zero_warn(f"SAGE goes on because of allow_untested=True: {'; '.join(reasons)}")
-    elif not isinstance(trainer.strategy, _TESTED):
+    elif not isinstance(trainer.strategy, _TESTED) or isinstance(
+        trainer.strategy, DeepSpeedStrategy
+    ):
         rank_zero_warn(
             f"{type(trainer.strategy).__name__} has not been tested with SAGE; whether gradients "
             "arrive is checked at the first step"
