@@ -124,7 +124,7 @@ def _skip_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
     every = Rows.every(1, len(rows), hidden.device)
     attention = [Kept(store(o[None], every, packing), m, v) for o, m, v in forward.kept]
     cache = SparseCache(rows.index, store(own[None], every, packing), attention)
-    job.wanted = len(rows)
+    job.wanted, job.budget = len(rows), session.budget(facts)
     _record(job, facts, chosen, cache)
     return ops.scatter_rows(out.squeeze(0), rows.index, hidden), cache
 

@@ -191,6 +191,10 @@ class Session:
             labelled = torch.cat([labelled[:, 1:], torch.zeros_like(labelled[:, :1])], dim=1)
         return labelled & valid, labelled & valid
 
+    def budget(self, facts: Facts) -> Budget | None:
+        """Rows that ranks have agreed to replay of a call, if they have."""
+        return None if self.agreement is None else self.agreement.budget(facts.count)
+
     def choose(self, name: str, facts: Facts, seen: list[Seen], seed: Seed) -> Choice:
         """Rows to keep.
 
@@ -221,9 +225,7 @@ class Session:
         # the device is waited for only where the number of rows is news
         if keeper.fixed and judged.count is None:
             judged.count = int(chosen.rows.sum())
-        count, budget = judged.count, None
-        if self.agreement is not None:
-            budget = self.agreement.budget(facts.count)
+        count, budget = judged.count, self.budget(facts)
         if budget is not None:
             chosen = fit_kept(keeper, own, budget, replayer is None, given)
             if chosen is not own and replayer is None:

@@ -68,6 +68,19 @@ def test_a_budget_is_kept_to_a_row(name, fraction, mode):
     assert_gradients_close(sparse, exact, 1e-10)
 
 
+@pytest.mark.parametrize("replay", [None, ImportanceSampling(0.4)])
+@pytest.mark.parametrize("fraction", [0.3, 0.8])
+def test_blocks_that_skip_keep_to_the_budget_too(fraction, replay):
+    """The chooser keeps it, or its own rows where they are more and some of them are replayed."""
+    policy = policy_of(keep=TopMass(0.6), replay=replay, unselected="skip", keep_loss_rows=False)
+    model, batch = zoo.build("llama"), zoo.make_batch("llama")
+    valid = int(batch["attention_mask"].sum())
+    with install(model, policy) as installed:
+        installed.agreement = Fixed(fraction)
+        model(**batch).loss.backward()
+        assert [int(r.replayed.sum()) for r in installed.records] == [share(fraction, valid)] * 2
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_what_would_be_replayed_is_what_is_replayed_without_a_budget(name):
     model, batch = zoo.build("llama"), zoo.make_batch("llama")
