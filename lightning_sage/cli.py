@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import sys
 import warnings
 from dataclasses import dataclass
@@ -12,14 +11,17 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from filelock import FileLock
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from rich.console import Console
 
 # imported for its names: a configuration may say StdlibFunctions for the whole path
 from lightning_sage import corpus  # noqa: F401
-from lightning_sage.models import CausalLM, HuggingFaceModule, Optimization, SavePretrained
+from lightning_sage.models import CausalLM, HuggingFaceModule, Optimization
+from lightning_sage.saving import SavePretrained
 from lightning_sage.selections import Selection
 
 # what a user can do nothing about, or need not
@@ -47,6 +49,14 @@ class Pretraining:
     directory: str
 
 
+class _Parser(LightningArgumentParser):
+    """Writes the selections that are defaults of a policy as what a configuration can hold."""
+
+    def dump(self, cfg: Namespace, *args: Any, **kwargs: Any) -> str:
+        text: str = super().dump(_named_selections(cfg.clone()), *args, **kwargs)
+        return text
+
+
 class SageCLI(LightningCLI):
     """LightningCLI for any LightningModule and LightningDataModule, with those of this package.
 
@@ -64,6 +74,7 @@ class SageCLI(LightningCLI):
             subclass_mode_data=True,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
+            parser_class=_Parser,
             parser_kwargs={"prog": "lightning-sage"},
             auto_configure_optimizers=False,
             args=args,
@@ -85,14 +96,14 @@ class SageCLI(LightningCLI):
             help="Validate before and after the fit and print both losses.",
         )
 
-    def before_instantiate_classes(self) -> None:
-        """Name the default selections of a policy, which the saved configuration has to hold."""
-        self.config = _named_selections(self.config)
-
     def before_fit(self) -> None:
         """Pre-train or find what was pre-trained, then validate what the fit starts from."""
         if self.pretraining is not None:
             self.start_from(self.pretrained())
+        forks = isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher)
+        if forks and isinstance(self.model, HuggingFaceModule):
+            # what processes build that are forked or spawned for a fit ends with them
+            self.model.configure_model()
         if self._get(self.config_init, "compare_validation"):
             self._loss_before = self._validation_loss()
             self._say(f"before fine-tuning: validation loss {self._loss_before:.4f}")
@@ -115,21 +126,24 @@ class SageCLI(LightningCLI):
         if settings is None:
             raise ValueError("the configuration has no `pretrain`")
         folder = Path(settings.directory) / self._pretraining_key()
-        if folder.is_dir():
-            self._say(f"pre-trained model found in {folder}")
-            return folder
-        self._say("pre-training a dense model, kept for the next run")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # torchrun and SLURM start all processes at once: one trains, the others wait for it
+        with FileLock(f"{settings.directory}.lock"):
+            if folder.is_dir():
+                self._say(f"pre-trained model found in {folder}")
+            else:
+                self._pretrain_into(folder, settings)
+        return folder
+
+    def _pretrain_into(self, folder: Path, settings: Pretraining) -> None:
+        # not only rank zero: whoever came first
+        self._print("pre-training a dense model, kept for the next run")
         unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.part")
         started = perf_counter()
         metrics = self._pretrain(settings, unfinished)
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            # another process has trained the same and was first
-            shutil.rmtree(unfinished)
+        unfinished.rename(folder)
         figures = "".join(f", {name} {value:.4f}" for name, value in metrics.items())
-        self._say(f"pre-trained in {perf_counter() - started:.0f} s{figures}; kept in {folder}")
-        return folder
+        self._print(f"pre-trained in {perf_counter() - started:.0f} s{figures}; kept in {folder}")
 
     def _pretrain(self, settings: Pretraining, folder: Path) -> dict[str, float]:
         self._seed()
@@ -183,7 +197,10 @@ class SageCLI(LightningCLI):
 
     def _say(self, text: str) -> None:
         if self.trainer.is_global_zero:
-            self.console.print(text, soft_wrap=True, highlight=False)
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, highlight=False)
 
 
 def _named_selections(value: Any) -> Any:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 Kernel = Literal["torch", "liger", "slices"]
@@ -72,10 +73,12 @@ def check_chunked_loss(model: nn.Module, batch: Mapping[str, Any]) -> None:
     cap say, shows on large ones only.
 
     Raises:
-        ValueError: They differ, so the model's loss is no cross-entropy of a linear function of
-            what enters its output layer; or the batch has no labels.
+        ValueError: They differ, and the loss is no cross-entropy of a linear function of what
+            enters the output layer; there are no labels; FSDP2 gathers that layer in every slice.
     """
     owner, head = _owner(model), output_layer(model)
+    if any(isinstance(part, FSDPModule) for part in head.modules()):
+        raise ValueError(_refusal(owner, "its output layer is sharded apart from the model"))
     few = _few_tokens(batch)
     with torch.no_grad(), _in_evaluation(model):
         factor = max(1.0, 50 / max(_largest_logit(model, few), 1e-6))

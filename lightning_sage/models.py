@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
@@ -107,6 +108,7 @@ class HuggingFaceModule(LightningModule):
         """Build the model, once."""
         if self.model is not None:
             return
+        _warn_of_passing_processes(self)
         model = self._load()
         if self.gradient_checkpointing:
             # renamed in transformers; the older name warns where both exist
@@ -185,6 +187,18 @@ class HuggingFaceModule(LightningModule):
         }
 
 
+def _warn_of_passing_processes(module: LightningModule) -> None:
+    """Where a fit has forked or spawned its processes, what they build is gone with them."""
+    trainer = module._trainer
+    if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+        return
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        rank_zero_warn(
+            "this fit's processes build the model and take it with them: to have its weights "
+            "after the fit call configure_model() before it, or save them with SavePretrained"
+        )
+
+
 class CausalLM(HuggingFaceModule):
     """Predicts the next token; `val_loss` and `val_perplexity` are means over labelled tokens.
 
@@ -256,39 +270,3 @@ class SequenceClassifier(HuggingFaceModule):
         """Log the accuracy too."""
         self.log("val_accuracy", self.accuracy.compute(), prog_bar=True, sync_dist=True)
         super().on_validation_epoch_end()
-
-
-class SavePretrained(Callback):
-    """Saves the model, or its adapters, and the tokenizer at the end of the fit.
-
-    Args:
-        directory: Where `from_pretrained` will find them; overwritten.
-
-    Raises:
-        ValueError: The strategy shards the model, which only its own checkpoints can hold.
-    """
-
-    def __init__(self, directory: str) -> None:
-        super().__init__()
-        self.directory = directory
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a sharded model before it is trained."""
-        if stage == "fit" and isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
-            raise ValueError(
-                f"SavePretrained cannot save a model sharded by {type(trainer.strategy).__name__}; "
-                "leave it out and use the trainer's checkpoints"
-            )
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save on the first rank."""
-        if not trainer.is_global_zero:
-            return
-        model: Any = pl_module.model
-        # adapters leave the vocabulary alone; finding that out would ask the hub
-        options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-        model.save_pretrained(self.directory, **options)
-        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(self.directory)
-        rank_zero_info(f"saved to {self.directory}")

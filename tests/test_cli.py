@@ -2,6 +2,7 @@ import json
 import math
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,16 @@ from lightning_sage import (
     AllTokens,
     ImportanceSampling,
     SageCallback,
+    SageModelParallelStrategy,
     SagePolicy,
+    SageStrategy,
     TopFraction,
     corpus,
 )
 from lightning_sage.cli import SageCLI, main
 from lightning_sage.corpus import StdlibFunctions, StdlibWindows, stdlib_files
-from lightning_sage.models import CausalLM, LoRA, SavePretrained, SequenceClassifier
+from lightning_sage.models import CausalLM, LoRA, SequenceClassifier
+from lightning_sage.saving import SavePretrained
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -31,6 +35,10 @@ TASKS = {
     "full_finetuning.yaml": CausalLM,
 }
 METHODS = {"method/sage.yaml", "method/checkpointing.yaml"}
+STRATEGIES = {
+    "strategy/ddp.yaml": SageStrategy,
+    "strategy/fsdp.yaml": SageModelParallelStrategy,
+}
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 259,
@@ -106,7 +114,8 @@ BORING = [
 
 def test_every_configuration_is_tested():
     found = {path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml")}
-    assert found == {"base.yaml", "quickstart.yaml", *TASKS, *METHODS}
+    layers = {*TASKS, *METHODS, *STRATEGIES, "strategy/multi_node.yaml"}
+    assert found == {"base.yaml", "quickstart.yaml", *layers}
 
 
 @pytest.mark.parametrize("method", [None, *sorted(METHODS)])
@@ -121,6 +130,60 @@ def test_configurations_build(tiny, task, method):
     sage = [c for c in cli.trainer.callbacks if isinstance(c, SageCallback)]
     assert len(sage) == (method == "method/sage.yaml")
     assert any(isinstance(c, SavePretrained) for c in cli.trainer.callbacks)
+
+
+@pytest.mark.parametrize("nodes", [1, 4])
+@pytest.mark.parametrize("method", [None, "method/sage.yaml"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_strategies_build_on_top(tiny, strategy, method, nodes):
+    names = ["base.yaml", "llama_lora_sft.yaml", method, strategy]
+    names.append("strategy/multi_node.yaml" if nodes > 1 else None)
+    cli = SageCLI([*config(*filter(None, names)), *tiny], run=False)
+    built = cli.trainer.strategy
+    assert type(built) is STRATEGIES[strategy]
+    assert (built.balance, built.token_weighted, built.policy) == ("mean", True, None)
+    assert cli.trainer.num_nodes == nodes
+    assert built._timeout == timedelta(hours=1 if nodes > 1 else 0.5)
+    # without one in the Trainer, the strategy brings its own
+    sage = [c for c in cli.trainer.callbacks if isinstance(c, SageCallback)]
+    assert len(sage) == (method is not None)
+
+
+@pytest.mark.parametrize("name", ["sage_ddp", "sage_ddp_spawn", "sage_ddp_fork", "sage_fsdp"])
+def test_strategies_by_a_word(name):
+    arguments = [*BORING, f"--trainer.strategy={name}", "--trainer.accelerator=cpu"]
+    built = SageCLI([*arguments, "--trainer.devices=2"], run=False).trainer.strategy
+    assert type(built) is (SageModelParallelStrategy if name == "sage_fsdp" else SageStrategy)
+    assert built.num_processes == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        (SageStrategy, {"find_unused_parameters": True}),
+        (SageModelParallelStrategy, {"activation_dtype": "bf16"}),
+    ],
+)
+def test_a_printed_configuration_starts_the_same_run(kind, own, capsys):
+    policy = {"keep": {"class_path": "TopFraction", "init_args": {"fraction": 0.5}}, "sinks": 2}
+    arguments = {"policy": policy, "balance": "max", "token_weighted": True, **own}
+    strategy = {"class_path": f"lightning_sage.{kind.__name__}", "init_args": arguments}
+    Path("given.yaml").write_text(yaml.safe_dump({"trainer": {"strategy": strategy}}))
+    with pytest.raises(SystemExit):
+        SageCLI([*BORING, "--config", "given.yaml", "--print_config"], run=False)
+    printed = capsys.readouterr().out
+    Path("printed.yaml").write_text(printed)
+    found = yaml.safe_load(printed)["trainer"]["strategy"]["init_args"]
+    assert found["policy"]["replay"]["class_path"] == "lightning_sage.sampling.ImportanceSampling"
+    assert {name: found[name] for name in own} == own
+    for written in ("given.yaml", "printed.yaml"):
+        cli = SageCLI([*BORING, "--config", written], run=False)
+        built = cli.trainer.strategy
+        assert type(built) is kind
+        assert built.policy == SagePolicy(keep=TopFraction(0.5), sinks=2)
+        assert (built.balance, built.token_weighted) == ("max", True)
+        settings = vars(built) | getattr(built, "_ddp_kwargs", {})
+        assert {name: settings[name] for name in own} == own
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -4,19 +4,14 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lightning_sage import SageCallback, SagePolicy
 from lightning_sage.data import AnswerData, LabelData, Loading
-from lightning_sage.models import (
-    CausalLM,
-    LoRA,
-    Optimization,
-    SavePretrained,
-    SequenceClassifier,
-)
+from lightning_sage.models import CausalLM, LoRA, Optimization, SequenceClassifier
+from lightning_sage.saving import SavePretrained
 
 PACKAGE = Path(__file__).parents[1] / "lightning_sage"
 LLAMA = {
@@ -289,9 +284,9 @@ def test_saved_model_is_found_by_from_pretrained(answers, tmp_path, lora):
     assert (tmp_path / "tuned" / "tokenizer_config.json").exists()
 
 
-def test_refuses_to_save_a_sharded_model(answers, tmp_path):
+def test_refuses_to_save_a_model_sharded_by_fsdp1(answers, tmp_path):
     run = trainer()
-    run.strategy.__class__ = type("Sharded", (ModelParallelStrategy,), {})
+    run.strategy.__class__ = type("Sharded", (FSDPStrategy,), {})
     with pytest.raises(ValueError, match="cannot save a model sharded by Sharded"):
         SavePretrained(str(tmp_path)).setup(run, CausalLM(config=LLAMA), "fit")
 

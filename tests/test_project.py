@@ -78,14 +78,18 @@ MAY_IMPORT = {
     },
     "tokens": {"torch"},
     "strategies": {
-        "torch", "lightning", "balance", "callback", "install", "policy", "sharding", "tokens",
+        "torch", "lightning", "balance", "callback", "install", "policy", "sharding", "support",
+        "tokens",
     },
     "cross_entropy": {"torch"},
     "models": {"torch", "lightning", "torchmetrics", "transformers", "peft", "cross_entropy"},
+    "saving": {"torch", "lightning", "peft"},
     "data": {"torch", "lightning", "transformers", "datasets"},
     "corpus": {"torch", "data"},
     "report": set(),
-    "cli": {"lightning", "jsonargparse", "rich", "corpus", "models", "selections"},
+    "cli": {
+        "lightning", "filelock", "jsonargparse", "rich", "corpus", "models", "saving", "selections",
+    },
     "__main__": {"cli"},
 }  # fmt: skip
 
