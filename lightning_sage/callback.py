@@ -116,7 +116,12 @@ class SageCallback(Callback):
         """Install, in place of what was installed before."""
         self.detach()
         measure_dense = self.measure_dense and not trainer.barebones
-        self.installation = install(pl_module, self.policy, measure_dense=measure_dense)
+        self.installation = install(
+            pl_module,
+            self.policy,
+            measure_dense=measure_dense,
+            allow_untested=self.allow_untested,
+        )
         self.installation.agreement = self.agreement
 
     def detach(self) -> None:

@@ -170,7 +170,11 @@ class Installation:
 
 
 def install(
-    model: nn.Module, policy: SagePolicy | None = None, *, measure_dense: bool = False
+    model: nn.Module,
+    policy: SagePolicy | None = None,
+    *,
+    measure_dense: bool = False,
+    allow_untested: bool = False,
 ) -> Installation:
     """Give the blocks of a model a sparse backward pass.
 
@@ -182,6 +186,7 @@ def install(
         policy: What to keep and replay; None is `SagePolicy()`.
         measure_dense: On the first training forward, also count the bytes that a dense step would
             have saved, block by block.
+        allow_untested: Only warn of what was done to the model and does not go with SAGE.
 
     Raises:
         ValueError: No block is found, one is wrapped already, the policy does not fit the model, or
@@ -195,7 +200,10 @@ def install(
         )
     dense = policy.left_dense(len(blocks))
     wrapped = {n: m for i, (n, m) in enumerate(blocks.items()) if i not in dense}
-    sharding.refuse_conflicts(model, wrapped)
+    for reason in sharding.conflicts(model, wrapped):
+        if not allow_untested:
+            raise ValueError(f"{reason}; allow_untested=True tries it nevertheless")
+        warnings.warn(f"SAGE goes on because of allow_untested=True: {reason}", stacklevel=2)
     session = Session(replace(policy, blocks=None))
     session.measure_dense = measure_dense
     last_chooser = math.ceil(len(wrapped) / 10) - 1

@@ -22,25 +22,24 @@ def sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
-def refuse_conflicts(model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
-    """Refuse what would make the replay of a block wrong or pointless.
+def conflicts(model: nn.Module, blocks: Mapping[str, nn.Module]) -> Iterator[str]:
+    """What would make the replay of a block wrong or pointless, each with a way out.
 
-    Raises:
-        ValueError: Reentrant checkpointing around or inside a block, or sequence parallelism.
+    Reentrant checkpointing around or inside a block, and sequence parallelism.
     """
     for name, module in model.named_modules():
         if _reentrant(module):
             for other in blocks:
                 if f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}."):
-                    raise ValueError(
+                    yield (
                         f"'{name}' is checkpointed with use_reentrant=True (a CheckpointWrapper), "
                         f"and SAGE on '{other}' saves less than that does: take the wrapper off, "
                         "or leave the block dense with dense_blocks"
                     )
     for name, block in blocks.items():
-        for part, inner in block.named_modules():
-            if any("SequenceParallel" in origin for origin in _hook_origins(inner)):
-                raise ValueError(
+        for part, module in block.named_modules():
+            if any("SequenceParallel" in origin for origin in _hook_origins(module)):
+                yield (
                     f"'{name}.{part}' runs under SequenceParallel, where a rank has only some of "
                     "the tokens, and SAGE has to see all of them: use tensor parallelism without "
                     "it, or FSDP (strategy='sage_fsdp')"

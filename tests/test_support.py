@@ -181,6 +181,9 @@ def test_wrappers_that_checkpoint_reentrantly_are_refused():
         with pytest.raises(ValueError, match=r"use_reentrant=True .* dense_blocks"):
             install(model, policy)
         assert traces(model) == before
+        with pytest.warns(UserWarning, match=r"because of allow_untested=True: .*use_reentrant"):
+            install(model, policy, allow_untested=True).remove()
+        assert traces(model) == before
         places[key] = checkpoint_wrapper(places[key]._checkpoint_wrapped_module)
         with install(model, policy):
             model(torch.randint(3, 60, (2, 9))).logits.square().mean().backward()
