@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from lightning_sage.loader import ResumableLoader
+from lightning_sage.loader import ResumableData, ResumableLoader
 
 # the label that cross entropy leaves out
 IGNORED = -100
@@ -155,10 +154,8 @@ def pad(examples: Sequence[Example], pad_id: int, side: Literal["right", "left"]
     return batch
 
 
-class TextModule(LightningDataModule):
+class TextModule(ResumableData):
     """Rows read once, tokenised and padded batch by batch.
-
-    Checkpoints hold the place in the training data, where a resumed fit goes on.
 
     Args:
         loading: How text becomes batches.
@@ -168,7 +165,6 @@ class TextModule(LightningDataModule):
         super().__init__()
         self.loading = loading or Loading()
         self._rows: dict[str, Any] = {}
-        self._resume_from: dict[str, Any] | None = None
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -185,8 +181,7 @@ class TextModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read the rows, once for all stages."""
-        # of a fit that failed before it asked for its batches
-        self._resume_from = None
+        super().setup(stage)
         splits: tuple[Split, ...] = ("train", "val")
         for split in splits:
             if split not in self._rows:
@@ -194,8 +189,7 @@ class TextModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches in a new random order each epoch."""
-        state, self._resume_from = self._resume_from, None
-        return self._loader("train", shuffle=True, resume_from=state)
+        return self._loader("train", shuffle=True, resume_from=self.resume_from())
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Batches in a fixed order."""
@@ -213,31 +207,6 @@ class TextModule(LightningDataModule):
             persistent_workers=self.loading.num_workers > 0,
             collate_fn=self.collate,
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """See :func:`lightning_sage.loader.ResumableLoader.state_dict`."""
-        loader = self._loader_in_use()
-        return {} if loader is None else loader.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the fit that is starting go on there.
-
-        Lightning itself asks the loader alone, and not if `configure_optimizers` has asked for the
-        number of steps (Lightning #20550), nor at the end of an epoch.
-        """
-        # validating a checkpoint must not move the next fit
-        if self.trainer is None or self.trainer.state.fn != "fit":
-            return
-        # sharded strategies restore late, when there may be a loader
-        loader = self._loader_in_use()
-        if loader is None:
-            self._resume_from = state_dict
-        else:
-            loader.load_state_dict(state_dict)
-
-    def _loader_in_use(self) -> ResumableLoader | None:
-        loader = None if self.trainer is None else self.trainer.train_dataloader
-        return loader if isinstance(loader, ResumableLoader) else None
 
     def collate(self, rows: Sequence[Any]) -> Example:
         """A padded batch of these rows."""

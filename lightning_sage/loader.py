@@ -1,4 +1,4 @@
-"""A DataLoader whose place in a shuffled epoch can be kept in a checkpoint and found again."""
+"""A DataLoader whose place in a shuffled epoch is kept in checkpoints and found again."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from itertools import islice
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -22,7 +24,8 @@ class ResumableLoader(DataLoader[Any]):
 
     Batches skipped are neither read nor collated, and workers' prefetching does not count. The
     state is small, plain, and the same on all ranks, which must have taken equally many batches.
-    Iterating draws nothing from torch's default generator.
+    Iterating draws nothing from torch's default generator. The Trainer's checkpoints hold the state;
+    for when Lightning does not give it back, see :class:`ResumableData`.
 
     An epoch is that of its sampler, on which Lightning calls ``set_epoch``; read to its end, it is
     followed by the next one.
@@ -34,8 +37,8 @@ class ResumableLoader(DataLoader[Any]):
             from torch's default generator.
         sampler: In place of `shuffle`: a DistributedSampler, or what has its `seed`, `epoch`,
             `shuffle` and `set_epoch`.
-        resume_from: What :meth:`state_dict` gave; loaded when iteration starts, since Lightning
-            may first build the loader anew with another sampler.
+        resume_from: What :meth:`state_dict` gave; taken up when iteration starts, since Lightning
+            may build the loader anew with another sampler before.
         **options: As of DataLoader; `generator` is seeded anew in every epoch.
 
     Raises:
@@ -54,11 +57,12 @@ class ResumableLoader(DataLoader[Any]):
     ) -> None:
         if isinstance(dataset, IterableDataset):
             raise ValueError(f"{type(dataset).__name__} has no rows by index: use a DataLoader")
+        rows: Any = dataset
         # with a batch_sampler, that is the one with an order
         if sampler is None and options.get("batch_sampler") is None:
-            sampler, shuffle = (_Shuffled if shuffle else _InOrder)(dataset), False
+            sampler, shuffle = (_Shuffled if shuffle else _InOrder)(rows), False
         elif type(sampler) is SequentialSampler:
-            sampler = _InOrder(dataset)
+            sampler = _InOrder(rows)
         # the default one is the model's, too
         options["generator"] = options.get("generator") or torch.Generator()
         super().__init__(dataset, batch_size, shuffle, sampler, **options)
@@ -68,7 +72,8 @@ class ResumableLoader(DataLoader[Any]):
                 "give shuffle=True or a DistributedSampler"
             )
         self.resume_from = resume_from
-        self._epoch, self._handed_out, self._resumed = 0, 0, False
+        self._epoch, self._handed_out = 0, 0
+        self._resumed: Mapping[str, Any] | None = None
 
     @property
     def _order(self) -> Any:
@@ -81,11 +86,13 @@ class ResumableLoader(DataLoader[Any]):
 
     def __iter__(self) -> Any:
         if self.resume_from is not None:
-            self.load_state_dict(self.resume_from)
+            state, self.resume_from = self.resume_from, None
+            self._take_up(state)
         return self._hand_out()
 
     def _hand_out(self) -> Iterator[Any]:
-        # not in __iter__: Lightning sets the epoch only after that, and workers start on it at once
+        # not in __iter__: Lightning sets the epoch only after that, workers start on it at once,
+        # and an error there would be hidden by one of Lightning's teardown
         self._start_epoch()
         for batch in super().__iter__():
             self._handed_out += 1
@@ -93,27 +100,27 @@ class ResumableLoader(DataLoader[Any]):
         self._order.set_epoch(self._epoch + 1)
 
     def _start_epoch(self) -> None:
-        epoch = self._order.epoch
-        if self._resumed and epoch not in (self._epoch, self._epoch + 1):
-            raise ValueError(
-                f"the data was left in epoch {self._epoch} and is taken up in epoch {epoch}: give "
-                "the fit the checkpoint that the data's state is from"
-            )
+        state, epoch = self._resumed, self._order.epoch
+        if state is not None:
+            self._check(state)
         # an epoch cut short, by a limit that only the Trainer knows, is followed by the next one
-        if not self._resumed or epoch != self._epoch:
+        if state is None or epoch != self._epoch:
             self._handed_out = 0
-        self._epoch, self._resumed = epoch, False
+        self._epoch, self._resumed = epoch, None
         self.generator.manual_seed(self._order.seed + epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, batches handed out, and what makes an order of batches."""
+        if self.resume_from is not None:
+            return dict(self.resume_from)
         return {"epoch": self._epoch, "batches": self._handed_out, **self._makeup()}
 
     def _makeup(self) -> dict[str, Any]:
+        rows: Any = self.dataset
         return {
             "seed": self._order.seed,
             "shuffle": self._order.shuffle,
-            "rows": len(self.dataset),  # type: ignore[arg-type]
+            "rows": len(rows),
             "batch_size": getattr(self.batch_sampler, "batch_size", self.batch_size),
             "ranks": getattr(self._order, "num_replicas", 1),
         }
@@ -124,18 +131,77 @@ class ResumableLoader(DataLoader[Any]):
         Raises:
             ValueError: With other rows, batches or ranks the rest of the epoch would be another.
         """
+        self._check(state_dict)
+        self.resume_from = None
+        self._take_up(state_dict)
+
+    def _check(self, state: Mapping[str, Any]) -> None:
         for name, own in self._makeup().items():
-            if name != "seed" and state_dict.get(name) != own:
+            if name != "seed" and state.get(name) != own:
                 raise ValueError(
-                    f"the checkpoint's data had {name}={state_dict.get(name)} and this has "
+                    f"the checkpoint's data had {name}={state.get(name)} and this has "
                     f"{name}={own}, which makes other batches; set it back, or take the weights "
                     "alone with load_from_checkpoint and fit without ckpt_path"
                 )
-        self.resume_from = None
-        self._epoch, self._handed_out = state_dict["epoch"], state_dict["batches"]
-        self._resumed = True
-        self._order.seed = state_dict["seed"]
+
+    def _take_up(self, state: Mapping[str, Any]) -> None:
+        self._epoch, self._handed_out = state["epoch"], state["batches"]
+        self._resumed = state
+        self._order.seed = state["seed"]
         self._order.set_epoch(self._epoch + (self._handed_out >= len(self)))
+
+
+class ResumableData(LightningDataModule):
+    """Keeps the state of its training loader, where that is a :class:`ResumableLoader`.
+
+    Lightning gives the loader its state itself, but not if `configure_optimizers` has asked for the
+    number of steps (Lightning #20550), nor at the end of an epoch. `train_dataloader` has to pass
+    on what :meth:`resume_from` returns.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._resume_from: dict[str, Any] | None = None
+
+    def setup(self, stage: str) -> None:
+        """Forget the state that a failed fit was to go on from."""
+        self._resume_from = None
+
+    def resume_from(self) -> dict[str, Any] | None:
+        """The state that this fit goes on from, once."""
+        state, self._resume_from = self._resume_from, None
+        return state
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the training loader, and whether Lightning counts its epoch as over."""
+        loader = self._loader_in_use()
+        if self.trainer is None or loader is None:
+            return {}
+        state, progress = loader.state_dict(), self.trainer.fit_loop.epoch_progress.state_dict()
+        return {**state, "over": progress["current"]["processed"] > state["epoch"]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the fit that is starting go on there."""
+        # validating a checkpoint must not move the next fit
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return
+        if state_dict["over"] and self.trainer.max_steps != -1:
+            rank_zero_warn(
+                "with max_steps Lightning takes an epoch that has ended for one to go on with "
+                "(Lightning #19617), and this fit will see other batches than one that was never "
+                "interrupted: give max_epochs instead, or a checkpoint from within an epoch, as by "
+                "ModelCheckpoint(every_n_train_steps=...)"
+            )
+        # sharded strategies restore late, when there may be a loader
+        loader = self._loader_in_use()
+        if loader is None:
+            self._resume_from = state_dict
+        else:
+            loader.load_state_dict(state_dict)
+
+    def _loader_in_use(self) -> ResumableLoader | None:
+        loader = None if self.trainer is None else self.trainer.train_dataloader
+        return loader if isinstance(loader, ResumableLoader) else None
 
 
 class _Rest:

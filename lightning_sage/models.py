@@ -5,7 +5,8 @@ They know nothing of SAGE: the callback changes how they train from outside.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -96,9 +97,15 @@ class HuggingFaceModule(LightningModule):
         if name_or_path is None and "model_type" not in (config or {}):
             raise ValueError("give name_or_path, or a config with its model_type")
         self.save_hyperparameters()
+        # as mappings, which torch.load(weights_only=True) takes, and which may be given again
+        given = {"lora": lora, "optimization": optimization}
+        plain = {k: asdict(v) for k, v in given.items() if isinstance(v, LoRA | Optimization)}
+        self.hparams.update(plain)
         self.name_or_path = name_or_path
         self.config = dict(config or {})
-        self.lora = lora
+        self.lora = LoRA(**lora) if isinstance(lora, Mapping) else lora
+        if isinstance(optimization, Mapping):
+            optimization = Optimization(**optimization)
         self.optimization = optimization or Optimization()
         self.dtype_name = dtype
         self.gradient_checkpointing = gradient_checkpointing

@@ -61,7 +61,7 @@ def validation_loss(module, data, **changes):
     return trainer(**changes).validate(module, data, verbose=False)[0]
 
 
-@pytest.mark.parametrize("name", ["models", "cross_entropy", "data"])
+@pytest.mark.parametrize("name", ["models", "cross_entropy", "data", "loader"])
 def test_knows_nothing_of_sage(name):
     tree = ast.parse((PACKAGE / f"{name}.py").read_text())
     imported = {
@@ -72,7 +72,7 @@ def test_knows_nothing_of_sage(name):
     }
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     ours = {name for name in imported if name.startswith("lightning_sage")}
-    assert ours <= {"lightning_sage.cross_entropy"}
+    assert ours <= {"lightning_sage.cross_entropy", "lightning_sage.loader"}
 
 
 def test_refuses_a_model_without_origin():
@@ -292,16 +292,16 @@ def test_refuses_to_save_a_model_sharded_by_fsdp1(answers, tmp_path):
 
 
 def test_checkpoint_resumes_and_loads(answers, tmp_path):
-    module = CausalLM(config=LLAMA, lora=LoRA(r=2), loss="chunked")
+    settings = {"lora": LoRA(r=2), "optimization": Optimization(lr=1e-3), "loss": "chunked"}
+    module = CausalLM(config=LLAMA, **settings)
     first = trainer(max_epochs=1, max_steps=-1, limit_val_batches=0)
     first.fit(module, answers)
     first.save_checkpoint(tmp_path / "one.ckpt")
-    resumed = CausalLM(config=LLAMA, lora=LoRA(r=2), loss="chunked")
+    resumed = CausalLM(config=LLAMA, **settings)
     second = trainer(max_epochs=2, max_steps=-1, limit_val_batches=0)
-    second.fit(resumed, answers, ckpt_path=tmp_path / "one.ckpt", weights_only=False)
+    second.fit(resumed, answers, ckpt_path=tmp_path / "one.ckpt", weights_only=True)
     assert second.global_step == 2 * first.global_step
-    loaded = CausalLM.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=False)
-    assert loaded.lora == LoRA(r=2)
-    assert loaded.loss == "chunked"
+    loaded = CausalLM.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+    assert {name: getattr(loaded, name) for name in settings} == settings
     for name, parameter in loaded.named_parameters():
         assert torch.equal(parameter, module.get_parameter(name))

@@ -84,7 +84,8 @@ MAY_IMPORT = {
     "cross_entropy": {"torch"},
     "models": {"torch", "lightning", "torchmetrics", "transformers", "peft", "cross_entropy"},
     "saving": {"torch", "lightning", "peft"},
-    "data": {"torch", "lightning", "transformers", "datasets"},
+    "loader": {"torch", "lightning"},
+    "data": {"torch", "transformers", "datasets", "loader"},
     "corpus": {"torch", "data"},
     "report": set(),
     "cli": {
