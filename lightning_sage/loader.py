@@ -24,8 +24,8 @@ class ResumableLoader(DataLoader[Any]):
 
     Batches skipped are neither read nor collated, and workers' prefetching does not count. The
     state is small, plain, and the same on all ranks, which must have taken equally many batches.
-    Iterating draws nothing from torch's default generator. The Trainer's checkpoints hold the state;
-    for when Lightning does not give it back, see :class:`ResumableData`.
+    Iterating draws nothing from torch's default generator. Checkpoints of a Trainer hold the state;
+    where it does not come back by itself, see :class:`ResumableData`.
 
     An epoch is that of its sampler, on which Lightning calls ``set_epoch``; read to its end, it is
     followed by the next one.
