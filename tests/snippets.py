@@ -1,6 +1,7 @@
 """What the README's snippets take for granted: a module and its data, a model and a batch."""
 
 import torch
+from lightning import Trainer
 
 import zoo
 from tasks import Task
@@ -9,4 +10,10 @@ from tasks import Task
 def names():
     task = Task(zoo.build("llama", dtype=torch.float32))
     batch = zoo.make_batch("llama", "right")
-    return {"module": task, "data": task.train_dataloader(), "model": task.model, "batch": batch}
+    shown_above = {"Trainer": Trainer}
+    return shown_above | {
+        "module": task,
+        "data": task.train_dataloader(),
+        "model": task.model,
+        "batch": batch,
+    }
