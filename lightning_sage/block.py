@@ -257,6 +257,7 @@ def _gradients(job: Job, out: Tensor, inputs: list[Tensor], grad: Tensor) -> lis
     their own: then there are none, and gradients go to the parameters from here.
     """
     if job.wrapped.nested:
+        job.wrapped.refuse_second_replay()
         torch.autograd.backward(out, grad)
         return [x.grad for x in inputs]
     with _hooks_off(job.parameters):

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lightning_sage.arguments import ReplayError
 from lightning_sage.session import Session
 
 ATTRIBUTE = "_sage"
@@ -31,6 +33,7 @@ class Wrapped:
         checked: Signatures of calls that passed the self-check.
         nested: Whether parts of the block are sharded by themselves, known from its first call on.
         unreached: Parameters that no replay has given a gradient; None before the first replay.
+        replayed_in: Of a block with parts sharded by themselves, its latest backward pass.
     """
 
     name: str
@@ -43,12 +46,29 @@ class Wrapped:
     checked: set[Any] = field(default_factory=set)
     nested: bool | None = None
     unreached: set[str] | None = None
+    replayed_in: int = -1
 
     def run(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The block's own forward."""
         if self.previous is not None:
             return self.previous(*args, **kwargs)
         return type(block).forward(block, *args, **kwargs)
+
+    def refuse_second_replay(self) -> None:
+        """Refuse a block with parts sharded by themselves twice in one backward pass.
+
+        FSDP2 ends its work on a part once in a backward pass: what came later would be lost.
+
+        Raises:
+            ReplayError: It is the second time.
+        """
+        task = torch._C._current_graph_task_id()
+        if task == self.replayed_in:
+            raise ReplayError(
+                f"block '{self.name}' is used twice in one backward pass, and parts of it are "
+                "sharded by themselves, whose gradients would be lost: shard the block as a whole"
+            )
+        self.replayed_in = task
 
     def note_reached(
         self, slots: list[Slot], found: Sequence[Tensor | None], block: nn.Module

@@ -12,11 +12,14 @@ from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
 # seconds after which a collective that not every rank has joined raises
 COLLECTIVE = 30
+# seconds in which the other ranks may say what they died of
+AFTERMATH = 2
 
 
 def ranks(world, function, *args, timeout=120, group=True):
@@ -33,6 +36,8 @@ def ranks(world, function, *args, timeout=120, group=True):
     Raises:
         AssertionError: A process raised (with its traceback), died, or took too long.
     """
+    if torch.cuda.is_available():
+        pytest.skip("autograd with a GPU's threads cannot be forked: set CUDA_VISIBLE_DEVICES=''")
     with tempfile.TemporaryDirectory() as folder:
         environment = {
             "MASTER_ADDR": "127.0.0.1",
@@ -47,7 +52,7 @@ def ranks(world, function, *args, timeout=120, group=True):
         pipes = [context.Pipe(duplex=False) for _ in range(world)]
         processes = [
             context.Process(
-                target=_work, args=(rank, world, store, environment, pipes[rank][1], function, args)
+                target=_work, args=(rank, world, store, environment, pipes, function, args)
             )
             for rank in range(world)
         ]
@@ -63,7 +68,12 @@ def ranks(world, function, *args, timeout=120, group=True):
                 process.join()
 
 
-def _work(rank, world, store, environment, sender, function, args):
+def _work(rank, world, store, environment, pipes, function, args):
+    sender = pipes[rank][1]
+    # whoever holds another's end keeps its death from being seen
+    for _, other in pipes:
+        if other is not sender:
+            other.close()
     # what the test's process had caught is none of this one's business
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
@@ -73,10 +83,12 @@ def _work(rank, world, store, environment, sender, function, args):
             dist.init_process_group(
                 "gloo", init_method=store, rank=rank, world_size=world, timeout=wait_at_most
             )
+            # nobody leaves while another still connects
+            dist.barrier()
         torch.manual_seed(0)
         _send(sender, None, function(rank, *args))
     except BaseException:
-        _send(sender, traceback.format_exc(), None)
+        _send(sender, f"rank {rank} raised:\n{traceback.format_exc()}", None)
     finally:
         sender.close()
         # neither exit handlers nor fixtures of the test's process run here
@@ -91,21 +103,27 @@ def _send(sender, error, value):
 
 
 def _collect(receivers, timeout):
-    results, deadline = {}, time.monotonic() + timeout
-    while len(results) < len(receivers):
-        pending = [r for i, r in enumerate(receivers) if i not in results]
-        ready = wait(pending, timeout=max(0, deadline - time.monotonic()))
-        missing = [i for i in range(len(receivers)) if i not in results]
+    results, errors, deadline = {}, {}, time.monotonic() + timeout
+    while len(results) + len(errors) < len(receivers):
+        missing = [i for i in range(len(receivers)) if i not in results and i not in errors]
+        left = max(0, deadline - time.monotonic())
+        ready = wait([receivers[i] for i in missing], timeout=left)
+        if not ready and errors:
+            break
         assert ready, f"ranks {missing} did not finish within {timeout} s"
         for receiver in ready:
             rank = receivers.index(receiver)
             try:
-                sent = receiver.recv_bytes()
+                error, value = torch.load(io.BytesIO(receiver.recv_bytes()), weights_only=False)
             except EOFError:
-                raise AssertionError(f"rank {rank} died") from None
-            error, value = torch.load(io.BytesIO(sent), weights_only=False)
-            assert error is None, f"rank {rank} raised:\n{error}"
-            results[rank] = value
+                error, value = f"rank {rank} died", None
+            if error is None:
+                results[rank] = value
+            else:
+                # what one rank says may only follow from what another will say in a moment
+                errors[rank] = error
+                deadline = min(deadline, time.monotonic() + AFTERMATH)
+    assert not errors, "\n".join(errors.values())
     return [results[rank] for rank in range(len(receivers))]
 
 

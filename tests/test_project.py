@@ -54,7 +54,7 @@ MAY_IMPORT = {
         "torch", "arguments", "balance", "facts", "masks", "ops", "policy", "records", "replay",
         "saliency", "selections",
     },
-    "wrapped": {"torch", "session"},
+    "wrapped": {"torch", "arguments", "session"},
     "job": {
         "torch", "arguments", "balance", "intercept", "ops", "records", "replay", "session",
         "wrapped",
