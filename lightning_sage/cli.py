@@ -66,7 +66,6 @@ class SageCLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
-        self.console = Console()
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -200,7 +199,8 @@ class SageCLI(LightningCLI):
             self._print(text)
 
     def _print(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True, highlight=False)
+        # made anew: spawned processes get a copy of all this, and a console has none
+        Console().print(text, soft_wrap=True, highlight=False)
 
 
 def _named_selections(value: Any) -> Any:

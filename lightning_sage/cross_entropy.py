@@ -52,7 +52,8 @@ def chunked_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         if captured:
             return forward(hidden)
         captured = True
-        return hidden
+        # a copy, since FSDP2 warns of views among what a model returns
+        return hidden.clone() if hidden._is_view() else hidden
 
     def loss(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
         nonlocal called
@@ -290,11 +291,10 @@ def _in_slices(head: nn.Module, hidden: Tensor, targets: Tensor, count: int) -> 
     def summed(rows: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(_wide(head(rows)), labels, reduction="sum")
 
+    again = partial(checkpoint, summed, use_reentrant=False)
+    compute = again if torch.is_grad_enabled() else summed
     # of no rows: 0, and still a function of them
     total = _wide(hidden[:0]).sum()
     for rows, labels in zip(hidden.split(count), targets.split(count), strict=True):
-        if torch.is_grad_enabled():
-            total = total + checkpoint(summed, rows, labels, use_reentrant=False)
-        else:
-            total = total + summed(rows, labels)
+        total = total + compute(rows, labels)
     return total

@@ -1,7 +1,10 @@
+import io
 import json
 import math
 import subprocess
 import sys
+import warnings
+from contextlib import redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from lightning_sage.cli import SageCLI, main
 from lightning_sage.corpus import StdlibFunctions, StdlibWindows, stdlib_files
 from lightning_sage.models import CausalLM, LoRA, SequenceClassifier
 from lightning_sage.saving import SavePretrained
+from processes import ranks
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -230,6 +234,25 @@ def test_quickstart_pretrains_once_and_fine_tunes(capsys):
     main(["fit", *config("quickstart.yaml"), *TINY_QUICKSTART, "--pretrain.optimization.lr=0.001"])
     assert "pre-trained in" in capsys.readouterr().out
     assert len(list(Path("runs/quickstart/pretrained").iterdir())) == 2
+
+
+def quickstart(rank):
+    warnings.simplefilter("ignore")
+    two = ["--trainer.devices=2", "--trainer.strategy=sage_ddp"]
+    with redirect_stdout(io.StringIO()) as output:
+        main(["fit", *config("quickstart.yaml"), *TINY_QUICKSTART, *two])
+    return output.getvalue()
+
+
+@pytest.mark.usefixtures("small_stdlib")
+def test_of_processes_that_start_at_once_one_pretrains():
+    outputs = ranks(2, quickstart, group=False)
+    said = "".join(outputs)
+    assert said.count("pre-trained in") == said.count("validation loss:") == 1
+    # the table of the fit
+    assert said.count("SAGE: memory") == 1
+    [folder] = Path("runs/quickstart/pretrained").iterdir()
+    assert AutoModelForCausalLM.from_pretrained(folder).config.hidden_size == 16
 
 
 @pytest.mark.usefixtures("small_stdlib")

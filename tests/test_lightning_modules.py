@@ -61,7 +61,7 @@ def validation_loss(module, data, **changes):
     return trainer(**changes).validate(module, data, verbose=False)[0]
 
 
-@pytest.mark.parametrize("name", ["models", "cross_entropy", "data", "loader"])
+@pytest.mark.parametrize("name", ["models", "saving", "cross_entropy", "data", "loader"])
 def test_knows_nothing_of_sage(name):
     tree = ast.parse((PACKAGE / f"{name}.py").read_text())
     imported = {

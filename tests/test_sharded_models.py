@@ -40,6 +40,8 @@ ranks = functools.partial(processes.ranks, group=False)
 def fitted(rank, folder, task, **settings):
     """Weights and metrics of one of two ranks, after the model was saved to `folder`."""
     warnings.simplefilter("ignore")
+    # it would be one's own fault
+    warnings.filterwarnings("error", ".*returned a view tensor")
     seed_everything(0, verbose=False)
     module = task()
     # batches of one row, whose answers all differ in length, from rank to rank as well
