@@ -16,7 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_sage.arguments import ReplayError
-from lightning_sage.selections import Chosen, Selection, ranked, share, top
+from lightning_sage.resume import place
+from lightning_sage.selections import Chosen, Selection, gradient_scores, ranked, share, top
+from lightning_sage.tokens import Window
 
 Mode = Literal["none", "mean", "max"]
 
@@ -51,13 +53,13 @@ class Agreement:
         device: Where numbers are exchanged.
 
     Attributes:
-        share: 0-dim float64, share of the valid tokens that blocks would have replayed in the
-            latest batch; None before there was one.
+        window: Weights of the batches since gradients were last zeroed.
     """
 
     def __init__(self, mode: Mode, device: torch.device) -> None:
         self.mode, self.device = mode, device
-        self.share: Tensor | None = None
+        self.window = Window()
+        self._demand: Tensor | None = None
         self._wanted: list[Tensor | int] = []
         self._valid = 0
         self._table: Tensor | None = None
@@ -71,31 +73,33 @@ class Agreement:
             tokens: Valid tokens of this rank's batch; 0-dim where it is a tensor.
             loss_tokens: Those among them that bear loss.
         """
-        self._close()
-        own = [tokens, tokens * (self.share if self.share is not None else 0), loss_tokens]
+        self._demand, self._wanted, self._valid = self._latest(), [], 0
+        wanted = 0 if self._demand is None else tokens * self._demand
+        rank, world = place()
         # filled on the device: nothing here waits for it
-        self._table = torch.zeros(dist.get_world_size(), 3, dtype=torch.float64, device=self.device)
-        for place, value in zip(self._table[dist.get_rank()], own, strict=True):
-            place.fill_(value) if not isinstance(value, Tensor) else place.copy_(value)
+        self._table = torch.zeros(world, 3, dtype=torch.float64, device=self.device)
+        for cell, value in zip(self._table[rank], (tokens, wanted, loss_tokens), strict=True):
+            cell.copy_(value) if isinstance(value, Tensor) else cell.fill_(value)
         self._work, self._rows = dist.all_reduce(self._table, async_op=True), []
 
-    def _close(self) -> None:
-        """Sum up what the blocks wanted in the latest batch."""
-        if self._valid:
-            wanted = sum(x.to(self.device) if isinstance(x, Tensor) else x for x in self._wanted)
-            self.share = torch.as_tensor(wanted, dtype=torch.float64, device=self.device)
-            self.share = self.share / self._valid
-        self._wanted, self._valid = [], 0
+    def _latest(self) -> Tensor | None:
+        """Share of the valid tokens that blocks would have replayed in the latest batch."""
+        if not self._valid:
+            return self._demand
+        tensors = [x.to(self.device) for x in self._wanted if isinstance(x, Tensor)]
+        known = sum(x for x in self._wanted if not isinstance(x, Tensor))
+        total = torch.stack(tensors).sum() if tensors else torch.zeros((), device=self.device)
+        return (total.double() + known) / self._valid
 
     def demand(self) -> float | None:
-        """The share of the latest batch, to be resumed from; None where there was none."""
-        self._close()
-        return None if self.share is None else float(self.share)
+        """What the next batch's demand will be estimated from; None where there was no batch."""
+        latest = self._latest()
+        return None if latest is None else float(latest)
 
     def resume(self, demand: float | None) -> None:
         """Go on from what :meth:`demand` gave."""
         if demand is not None:
-            self.share = torch.tensor(demand, dtype=torch.float64, device=self.device)
+            self._demand = torch.tensor(demand, dtype=torch.float64, device=self.device)
 
     def note(self, wanted: Tensor | int, valid: int) -> None:
         """Remember how many rows, of `valid` tokens, a block would have replayed by itself."""
@@ -108,7 +112,7 @@ class Agreement:
         if self.mode == "none" or self._table is None or not valid:
             return None
         asked = [wanted for _, wanted, _ in self._everyone() if wanted > 0]
-        tokens = self._everyone()[dist.get_rank()][0]
+        tokens = self._everyone()[place()[0]][0]
         if not asked or not tokens:
             return None
         rows = fmean(asked) if self.mode == "mean" else max(asked)
@@ -117,7 +121,7 @@ class Agreement:
     def loss_tokens(self) -> tuple[float, float]:
         """Loss-bearing tokens of the batch: this rank's, and those of all ranks."""
         counts = [count for _, _, count in self._everyone()]
-        return counts[dist.get_rank()], sum(counts)
+        return counts[place()[0]], sum(counts)
 
     def _everyone(self) -> Sequence[Sequence[float]]:
         if not self._rows:
@@ -144,8 +148,10 @@ def fit_kept(
     """
     scores, valid, priority, noise = given
     other = keeper.at(budget.fraction)
+    if other is keeper or (other is not None and not exactly):
+        return own
     if other is not None:
-        return other.keep(scores, valid, priority, noise) if exactly else own
+        return other.keep(scores, valid, priority, noise)
     # always-kept rows first, then those that bear loss, as the selection itself would
     order = ranked(noise if keeper.random else scores, priority, valid)
     rows = _cut_or_filled(keeper, own, order, budget.rows) & valid
@@ -172,7 +178,8 @@ def fit_replayed(
     other = replayer.at(budget.fraction)
     if other is not None:
         return other.replay(*given)
-    return Chosen(_cut_or_filled(replayer, own, given[0], budget.rows))
+    norms, saliency, *_ = given
+    return Chosen(_cut_or_filled(replayer, own, gradient_scores(norms, saliency), budget.rows))
 
 
 def least(a: Tensor | int, b: Tensor | int) -> Tensor | int:

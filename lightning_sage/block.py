@@ -87,6 +87,11 @@ def _keep_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
     out = job.run(recorder, *job.arguments.call())
     choice = session.choose(wrapped.name, facts, recorder.seen, job.seed)
     kept, rows, scores, job.wanted, job.budget = choice
+    if wrapped.nested and not len(rows):
+        raise ReplayError(
+            "it has no token to replay, and parts of it are sharded by themselves, for which the "
+            "other ranks would wait: shard it as a whole"
+        )
     cache = SparseCache(
         rows.index,
         store(hidden, rows, policy.cache_dtype),

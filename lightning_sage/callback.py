@@ -14,7 +14,6 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
-from lightning_sage.arguments import ReplayError
 from lightning_sage.balance import Agreement
 from lightning_sage.install import Installation, install
 from lightning_sage.memory import MIB
@@ -23,6 +22,7 @@ from lightning_sage.policy import SagePolicy
 from lightning_sage.resume import gathered, place, random_states, restore_random_states
 from lightning_sage.summary import summary_table
 from lightning_sage.support import check_trainer, refuse_other_package
+from lightning_sage.tokens import Window
 
 
 class SageCallback(Callback):
@@ -46,8 +46,13 @@ class SageCallback(Callback):
         usage: The metric, over all steps of the latest fit.
         summary: The numbers of the table, from the end of the latest fit.
 
-    Checkpoints hold the states of the random generators of every rank, so that a resumed fit
-    draws (selections, dropout) what the uninterrupted one would have drawn.
+    Checkpoints hold the states of the random generators of every rank as they are between two
+    batches, so that a resumed fit draws (selections, dropout) what the uninterrupted one would have
+    drawn; loaders that draw from torch's default generator, as a plain DataLoader does when it is
+    iterated, shift that (see :class:`lightning_sage.loader.ResumableLoader`).
+
+    In processes that a fit has forked or spawned, `usage` and `summary` stay with them;
+    `trainer.callback_metrics` comes back.
 
     Raises:
         ValueError: When the fit starts: a strategy, plugin or setting does not go with SAGE.
@@ -84,6 +89,7 @@ class SageCallback(Callback):
         self._first_cached_bytes = 0
         self._seconds: deque[float] = deque(maxlen=1000)
         self._batch_started = 0.0
+        self._in_batch = False
         self._logged_step = 0
         self._mode_checked = False
         self._gradients_checked = False
@@ -100,6 +106,8 @@ class SageCallback(Callback):
         """Install where the blocks exist already, so that a tuner's trial steps are sparse too."""
         refuse_other_package(trainer, pl_module)
         if stage == "fit":
+            # of a resumed fit that ended before its first batch
+            self._resumed = []
             check_trainer(trainer, pl_module, self.allow_untested)
             # blocks may be built later, in configure_model: on_fit_start raises what is left
             with suppress(ValueError):
@@ -141,9 +149,12 @@ class SageCallback(Callback):
         self.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """States of all ranks' random generators, and what they agreed on last; asked on all."""
-        # after an exception other ranks may not be there to answer
-        if self.installation is None:
+        """Random states and demand of all ranks; asked on all of them, between batches."""
+        if self._resumed:
+            return {"ranks": self._resumed}
+        # after an exception, or when a signal comes within a batch, the other ranks may not be
+        # there to answer
+        if self.installation is None or self._in_batch:
             return {}
         own: dict[str, Any] = {"random": random_states(self.usage.device)}
         if self.agreement is not None:
@@ -183,6 +194,12 @@ class SageCallback(Callback):
             _warn_of_eval_mode(self.installation)
         self.installation.observe(batch if isinstance(batch, Mapping) else None)
         self._batch_started = perf_counter()
+        self._in_batch = True
+
+    def on_before_zero_grad(self, *_: Any) -> None:
+        """What was accumulated is thrown away, and so are its weights."""
+        if self.agreement is not None:
+            self.agreement.window = Window()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check once, before the first optimizer step, that no gradient was lost."""
@@ -190,7 +207,7 @@ class SageCallback(Callback):
         if self.check_gradients and not self._gradients_checked:
             # DeepSpeed keeps gradients in buffers of its own
             kept = not isinstance(trainer.strategy, DeepSpeedStrategy)
-            self._gradients_checked = _check_gradients(self.installation, kept)
+            self._gradients_checked = self.installation.check_gradients(kept)
 
     def on_train_batch_end(
         self,
@@ -202,6 +219,7 @@ class SageCallback(Callback):
     ) -> None:
         """Count the step, and log where it is due."""
         assert self.installation is not None
+        self._in_batch = False
         self.installation.observe(None)
         if trainer.barebones:
             return
@@ -219,6 +237,8 @@ class SageCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the steps that no interval covered."""
+        # the epoch may have been ended at the start of a batch
+        self._in_batch = False
         if self._recent.update_called:
             self._log(pl_module, on_step=False)
 
@@ -258,34 +278,3 @@ def _warn_of_eval_mode(installation: Installation) -> None:
             "the first): from_pretrained returns it and Lightning leaves it. SAGE works in either, "
             "but dropout is off; call train() on the model in on_train_start to have it on."
         )
-
-
-def _check_gradients(installation: Installation, kept: bool) -> bool:
-    """Whether the backward pass reached a block; if so, its parameters must have gradients.
-
-    Args:
-        installation: What is installed.
-        kept: Whether gradients are where torch puts them.
-    """
-    reached = {record.name for record in installation.records if record.replayed is not None}
-    lost = (
-        []
-        if not kept
-        else [
-            f"{name}.{parameter}"
-            for name, block in installation.blocks.items()
-            if name in reached
-            for parameter, value in block.named_parameters()
-            # a rank may hold no element of a sharded parameter
-            if value.requires_grad and value.grad is None and value.numel()
-        ]
-    )
-    lost = sorted({*lost, *installation.unreached})
-    if lost:
-        more = f" and {len(lost) - 8} more" if len(lost) > 8 else ""
-        raise ReplayError(
-            f"no gradient reached {', '.join(lost[:8])}{more}, although the backward pass went "
-            "through their blocks; freeze them if they are not used, or, if they are experts that "
-            "had no token, set SageCallback(check_gradients=False)"
-        )
-    return bool(reached)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lightning_sage import sharding
+from lightning_sage.arguments import ReplayError
 from lightning_sage.balance import Agreement
 from lightning_sage.block import sparse_forward
 from lightning_sage.policy import SagePolicy
@@ -132,6 +133,33 @@ class Installation:
             for name, block in self.blocks.items()
             for parameter in sorted(block.__dict__[ATTRIBUTE].unreached or ())
         ]
+
+    def check_gradients(self, where_torch_puts_them: bool = True) -> bool:
+        """Whether the latest backward pass reached a block; if so, its parameters have gradients.
+
+        Args:
+            where_torch_puts_them: Whether that is where they stay.
+
+        Raises:
+            ReplayError: A trainable parameter of a replayed block has none.
+        """
+        reached = {record.name for record in self.records if record.replayed is not None}
+        lost = {
+            f"{name}.{parameter}"
+            for name, block in self.blocks.items()
+            if name in reached and where_torch_puts_them
+            for parameter, value in block.named_parameters()
+            # a rank may hold no element of a sharded parameter
+            if value.requires_grad and value.grad is None and value.numel()
+        }
+        if names := sorted(lost.union(self.unreached)):
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            raise ReplayError(
+                f"no gradient reached {', '.join(names[:8])}{more}, although the backward pass "
+                "went through their blocks; freeze them if they are not used, or, if they are experts "
+                "that had no token, set SageCallback(check_gradients=False)"
+            )
+        return bool(reached)
 
     def observe(self, batch: object) -> None:
         """Hand over the batch, for models whose forward is not given labels or padding by keyword.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import (
@@ -147,6 +149,13 @@ class ResumableLoader(DataLoader[Any]):
     def _take_up(self, state: Mapping[str, Any]) -> None:
         self._epoch, self._handed_out = state["epoch"], state["batches"]
         self._resumed = state
+        alone = state["ranks"] > 1 or not dist.is_initialized() or dist.get_world_size() == 1
+        if state["shuffle"] and self._order.seed != state["seed"] and not alone:
+            warnings.warn(
+                "a shuffled loader without DistributedSampler goes on in rank 0's order: orders of "
+                "other ranks are in no checkpoint",
+                stacklevel=2,
+            )
         self._order.seed = state["seed"]
         self._order.set_epoch(self._epoch + (self._handed_out >= len(self)))
 

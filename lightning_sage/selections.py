@@ -44,7 +44,8 @@ class Selection:
         fixed: Whether the number of rows that `keep` chooses follows from padding and priorities
             alone, so that a GPU need not be asked for it in every block. A promise: rows are
             missing, or not those chosen, where it is broken. It does not pass to a subclass with a
-            `keep` of its own, nor does :func:`Selection.replay_count` with a `replay`.
+            `keep` of its own, nor :func:`Selection.replay_count` with a `replay`, nor
+            :func:`Selection.at` with either.
     """
 
     needs_scores = True
@@ -58,6 +59,8 @@ class Selection:
             cls.fixed = False
         if "replay" in vars(cls) and "replay_count" not in vars(cls):
             setattr(cls, "replay_count", Selection.replay_count)  # noqa: B010 - a method
+        if vars(cls).keys() & {"keep", "replay"} and "at" not in vars(cls):
+            setattr(cls, "at", Selection.at)  # noqa: B010
 
     def keep(self, scores: Tensor, valid: Tensor, priority: Tensor, noise: Tensor) -> Chosen:
         """Choose the rows to keep, per sample.
@@ -171,7 +174,7 @@ class TopFraction(Selection):
     def replay(self, norms: Tensor, saliency: Tensor | None, valid: int, noise: Tensor) -> Chosen:
         """See :func:`Selection.replay`."""
         count = self.replay_count(len(norms), valid)
-        return Chosen(top(_gradient_scores(norms, saliency), count))
+        return Chosen(top(gradient_scores(norms, saliency), count))
 
     def replay_count(self, kept: int, valid: int) -> int:
         """See :func:`Selection.replay_count`."""
@@ -261,7 +264,7 @@ class GradientMass(Selection):
 
     def replay(self, norms: Tensor, saliency: Tensor | None, valid: int, noise: Tensor) -> Chosen:
         """See :func:`Selection.replay`."""
-        scores = _gradient_scores(norms, saliency)
+        scores = gradient_scores(norms, saliency)
         finite = scores.isfinite()
         count = _mass_count(scores.where(finite, 0.0), self.mass) + (~finite).sum()
         if self.max_fraction is not None:
@@ -287,7 +290,7 @@ def _mass_count(scores: Tensor, mass: float) -> Tensor:
     return (total < mass * (1 - 1e-12) * total[..., -1:]).sum(-1) + 1
 
 
-def _gradient_scores(norms: Tensor, saliency: Tensor | None) -> Tensor:
+def gradient_scores(norms: Tensor, saliency: Tensor | None) -> Tensor:
     """Shares of gradient and saliency; infinite where the norm is."""
     finite = norms.isfinite()
     scores = norms / norms.where(finite, 0.0).sum().clamp(min=1e-300)

@@ -39,7 +39,9 @@ def first_call(job: Job) -> None:
     """
     session, wrapped = job.session, job.wrapped
     kind = (tuple(job.modes), job.arguments.signature)
-    if kind in wrapped.checked and not session.force_check:
+    # where parts are sharded by themselves, ranks gather them together: all check at the same time
+    seen = bool(wrapped.checked) if wrapped.nested else kind in wrapped.checked
+    if seen and not session.force_check:
         return
     hidden = job.hidden
     # hooks of a checkpoint around the block count what is saved, and this is saved once only
@@ -47,7 +49,7 @@ def first_call(job: Job) -> None:
     with torch.no_grad(), random_state_kept(hidden.device), buffers_kept(job.block), unseen:
         if session.measure_dense and wrapped.index not in session.dense_bytes:
             session.dense_bytes[wrapped.index] = dense_bytes(job)
-        if _compare(job, hidden):
+        if _compare(job, hidden) or wrapped.nested:
             wrapped.checked.add(kind)
 
 
@@ -80,6 +82,11 @@ def _compare(job: Job, hidden: Tensor) -> bool:
     rows = Rows.of(_half(facts.valid))
     finite = out.flatten(0, 1)[rows.index].isfinite().all(-1)
     if not bool(finite.any()):
+        if job.wrapped.nested:
+            raise ReplayError(
+                "its first batch is padding alone, or not finite, and parts of it are sharded by "
+                "themselves, which all ranks have to check together: shard it as a whole"
+            )
         return False
     kept = [keep_attention(seen, rows, False, None) for seen in recorder.seen]
     replayer = Replayer(Seed(1), rows, kept)

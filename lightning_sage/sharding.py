@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 
 def inside(block: nn.Module) -> bool:
@@ -95,14 +100,40 @@ def shard(
         precision: Types of gathered parameters and reduced gradients.
 
     Raises:
-        ValueError: Parameters lie on the module itself.
+        ValueError: Parameters lie on the module itself, or are shared between parts.
     """
     if any(sharded(part) for part in module.modules()):
         return
-    roots = list(_roots(module))
-    for part in (*blocks.values(), *roots):
-        if not sharded(part):
-            fully_shard(part, mesh=mesh, mp_policy=precision)
+    names = {part: name for name, part in module.named_modules()}
+    parts = [*blocks.values(), *(root for root in _roots(module) if root not in blocks.values())]
+    _refuse_ties([(names[part], part) for part in parts])
+    for part in parts:
+        fully_shard(part, mesh=mesh, mp_policy=precision)
+        # PEFT's own calls the model inside of it, past the hooks of what is around
+        if hasattr(part, "generate") and hasattr(part, "get_base_model"):
+            register_fsdp_forward_method(part, "generate")
+
+
+def _refuse_ties(parts: list[tuple[str, nn.Module]]) -> None:
+    """Refuse parameters that two parts share; the first part that has one takes it.
+
+    Raises:
+        ValueError: Sharding would make two parameters of them.
+    """
+    taken: dict[int, str] = {}
+    earlier: list[nn.Module] = []
+    for name, part in parts:
+        inside = {id(m) for done in earlier for m in done.modules()}
+        for module in part.modules():
+            # modules of a block are the block's, also where they are met again around it
+            for own, x in module._parameters.items() if id(module) not in inside else ():
+                if x is not None and taken.setdefault(id(x), name) != name:
+                    raise ValueError(
+                        f"'{name}' and '{taken[id(x)]}' share a parameter ({own} of a "
+                        f"{type(module).__name__}), and sharding each by itself would make two of "
+                        "it: call fully_shard in configure_model on a module that has both"
+                    )
+        earlier.append(part)
 
 
 def _roots(module: nn.Module) -> Iterator[nn.Module]:

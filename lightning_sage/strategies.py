@@ -26,7 +26,7 @@ from lightning_sage.install import find_blocks
 from lightning_sage.policy import SagePolicy
 from lightning_sage.sharding import shard
 from lightning_sage.support import callbacks_of, configured
-from lightning_sage.tokens import Window, count_tokens, loss_tokens
+from lightning_sage.tokens import Window, count_tokens, labels_are_shifted, loss_tokens
 
 LossTokens = Callable[[Any], int]
 
@@ -40,6 +40,7 @@ class _SageMixin(ParallelStrategy):
     allow_untested: bool
     agreement: Agreement | None = None
     _callback: SageCallback | None = None
+    _shifted = False
     _told = False
 
     def _configure(
@@ -53,7 +54,12 @@ class _SageMixin(ParallelStrategy):
             raise ValueError(f"balance must be one of none, mean, max, got {balance!r}")
         self.policy, self.balance = policy, balance
         self.token_weighted, self.allow_untested = token_weighted, allow_untested
-        self._window = Window()
+
+    @property
+    def _module(self) -> LightningModule:
+        module = self.lightning_module
+        assert module is not None
+        return module
 
     def connect(self, model: LightningModule) -> None:
         """Add a SageCallback where the Trainer has none."""
@@ -80,21 +86,20 @@ class _SageMixin(ParallelStrategy):
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        module = self.lightning_module
-        assert module is not None
         # again: a module may bring callbacks of its own, which take the place of ours
         self._callback = self._find_callback(trainer)
         self.agreement = None
         if self.balance != "none" or self.token_weighted:
             self.agreement = Agreement(self.balance, self.root_device)
+        self._shifted = self.token_weighted is True and labels_are_shifted(self._module)
         self._callback.agreement = self.agreement
-        self._callback.attach(trainer, module)
-        self._window = Window()
+        self._callback.attach(trainer, self._module)
 
     def teardown(self) -> None:
         """Remove SAGE first; also called after an exception."""
         if self._callback is not None:
             self._callback.detach()
+            self._callback.agreement = None
         super().teardown()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -108,8 +113,7 @@ class _SageMixin(ParallelStrategy):
     def _loss_tokens(self, batch: Any) -> Tensor | int:
         if callable(self.token_weighted):
             return self.token_weighted(batch)
-        assert self.lightning_module is not None
-        return loss_tokens(batch, self.lightning_module) if self.token_weighted else 0
+        return loss_tokens(batch, self._shifted) if self.token_weighted else 0
 
     def backward(
         self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
@@ -117,12 +121,12 @@ class _SageMixin(ParallelStrategy):
         """Weight the loss by its tokens, then go backward."""
         if self.token_weighted:
             assert self.agreement is not None
-            assert self.lightning_module is not None
-            if not self.lightning_module.automatic_optimization:
+            if not self._module.automatic_optimization:
                 # who steps by hand also says how batches add up
-                self._window = Window()
+                self.agreement.window = Window()
             own, everyone = self.agreement.loss_tokens()
-            closure_loss = closure_loss * self._window.weight(own * self.world_size, everyone)
+            weight = self.agreement.window.weight(own * self.world_size, everyone)
+            closure_loss = closure_loss * weight
         return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     def optimizer_step(
@@ -133,15 +137,14 @@ class _SageMixin(ParallelStrategy):
         **kwargs: Any,
     ) -> Any:
         """Make accumulated gradients the mean over all their tokens, before they are clipped."""
-        assert self.lightning_module is not None
-        if self.token_weighted and self.lightning_module.automatic_optimization:
+        if self.token_weighted and self._module.automatic_optimization:
             closure = partial(self._rescaled, optimizer, closure)
         return super().optimizer_step(optimizer, closure, model, **kwargs)
 
     def _rescaled(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Any:
         result = closure()
-        assert self.lightning_module is not None
-        factor = self._window.factor(self.lightning_module.trainer.accumulate_grad_batches)
+        assert self.agreement is not None
+        factor = self.agreement.window.factor(self._module.trainer.accumulate_grad_batches)
         if factor != 1:
             parameters = (p for group in optimizer.param_groups for p in group["params"])
             torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
@@ -160,11 +163,13 @@ class SageStrategy(_SageMixin, DDPStrategy):
         balance: How many rows a rank replays. `none`: as many as its policy says, and ranks wait
             for the one with most. `mean`: every block of every rank replays what the ranks want on
             average. `max`: what the one wants that wants most. Where ranks have fewer valid tokens
-            than that they replay all. The first batch is not balanced: nothing is known yet.
+            than that they replay all; `AllTokens` is never cut. The first batch is not balanced:
+            nothing is known yet.
         token_weighted: Make gradients those of the mean over all loss-bearing tokens of all ranks
             and of all accumulated batches, where the module's loss is the mean over its own batch.
             True counts `labels`; a function of the batch counts otherwise. In manual optimization
-            every backward pass is that of the mean over its own batch's tokens of all ranks.
+            every backward pass is that of the mean over its own batch's tokens of all ranks. Of a
+            rank without any the loss may be NaN, but not its gradient, as in `F.cross_entropy`.
         allow_untested: See :class:`SageCallback`.
         **kwargs: Of :class:`lightning.pytorch.strategies.DDPStrategy`.
 
@@ -262,8 +267,7 @@ class SageModelParallelStrategy(_SageMixin, ModelParallelStrategy):
 
     def setup(self, trainer: Trainer) -> None:
         """Shard what is not sharded, then set up as usual."""
-        module = self.lightning_module
-        assert module is not None
+        module = self._module
         self._refuse_precision()
         given = [c.policy for c in callbacks_of(trainer) if isinstance(c, SageCallback)]
         policy = next(iter(given), self.policy or SagePolicy())

@@ -32,14 +32,13 @@ def count_tokens(batch: Any) -> Tensor | int:
     )
 
 
-def loss_tokens(batch: Any, model: nn.Module) -> Tensor | int:
+def loss_tokens(batch: Any, shifted: bool) -> Tensor | int:
     """Labels of a batch that count in a loss, as the model's own loss counts them.
 
     Args:
         batch: A mapping with `labels`: ``[B, T]`` integers, -100 where there is no loss, or
             anything with a first axis of B, one label a sample.
-        model: Says whether labels are those of the next token, of which the first has none: so it
-            is but for token classification, masked language models and encoder-decoders.
+        shifted: Whether labels are those of the next token: see :func:`labels_are_shifted`.
 
     Raises:
         ValueError: There are no labels.
@@ -53,7 +52,7 @@ def loss_tokens(batch: Any, model: nn.Module) -> Tensor | int:
         )
     if labels.dim() < 2 or labels.is_floating_point():
         return len(labels)
-    return ((labels[:, 1:] if _shifts(model) else labels) != -100).sum()
+    return ((labels[:, 1:] if shifted else labels) != -100).sum()
 
 
 class Window:
@@ -91,10 +90,14 @@ class Window:
         return next((count for count in self._counts if count), 0.0)
 
 
-def _shifts(model: nn.Module) -> bool:
-    names = {type(module).__name__ for module in model.modules()}
-    own = any(kind in name for name in names for kind in _OWN_LABELS)
-    configs = (getattr(module, "config", None) for module in model.modules())
+def labels_are_shifted(model: nn.Module) -> bool:
+    """Whether labels are compared with the logits of the token before, so that the first has none.
+
+    So it is but for token classification, masked language models and encoder-decoders.
+    """
+    modules = list(model.modules())
+    own = any(kind in type(module).__name__ for module in modules for kind in _OWN_LABELS)
+    configs = (vars(module).get("config") for module in modules)
     return not own and not any(getattr(c, "is_encoder_decoder", False) is True for c in configs)
 
 

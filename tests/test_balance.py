@@ -16,10 +16,11 @@ from lightning_sage import (
     RandomTokens,
     ReplayError,
     Selection,
+    TopFraction,
     TopMass,
     install,
 )
-from lightning_sage.balance import Agreement, Budget
+from lightning_sage.balance import Agreement, Budget, fit_replayed
 from lightning_sage.selections import Chosen, share
 from oracle import replayed
 from processes import ranks
@@ -38,6 +39,7 @@ class Fixed(Agreement):
 
 
 POLICIES = {
+    "all": {"keep": AllTokens()},
     "mass": {"keep": TopMass(0.6)},
     "fraction": {"keep": 0.4},
     "random": {"keep": RandomTokens(0.4)},
@@ -61,7 +63,9 @@ def test_a_budget_is_kept_to_a_row(name, fraction, mode):
         _, sparse = run("llama", model, batch)
         rows = replayed(installed.records)
         for record in installed.records:
-            assert int(record.replayed.sum()) == share(fraction, valid)
+            # all means all
+            expected = valid if name == "all" else share(fraction, valid)
+            assert int(record.replayed.sum()) == expected
             assert not (record.replayed & ~record.kept).any()
             assert not (record.kept & ~record.valid).any()
     _, exact = oracle_step("llama", model, batch, rows, mode)
@@ -95,6 +99,7 @@ def test_what_would_be_replayed_is_what_is_replayed_without_a_budget(name):
         if fraction is None:
             valid = sum(int(r.valid.sum()) for r in installed.records)
             assert found[None] == pytest.approx(free / valid)
+    assert found[None] == (1 if name == "all" else found[None])
     if "gradient" not in name or name == "all then gradient":
         # among more kept rows, and other gradients behind them, a mass is held by other rows
         assert found[0.9] == pytest.approx(found[None], abs=0.05)
@@ -136,6 +141,30 @@ def poisoned(_module, gradients):
     first = gradients[0].clone()
     first.flatten(0, 1)[7] = torch.nan
     return (first, *gradients[1:])
+
+
+def test_gradients_are_ranked_as_the_selection_ranks_them():
+    """By incoming gradient and saliency, whatever the budget."""
+    norms = torch.tensor([5.0, 4, 3, 2], dtype=torch.float64)
+    saliency = torch.tensor([0, 0.1, 0.1, 0.8], dtype=torch.float64)
+    for replayer in (TopFraction(0.5), GradientMass(0.6)):
+        given = norms, saliency, 4, norms
+        for count in (1, 2, 3):
+            found = fit_replayed(replayer, replayer.replay(*given), Budget(count, 4), given)
+            assert found.rows[[3, 1, 0, 2][:count]].all()
+            assert found.rows.sum() == count
+
+
+class Louder(ImportanceSampling):
+    """Its own way of keeping, which nobody else knows at another fraction."""
+
+    def keep(self, scores, valid, priority, noise):
+        return super().keep(scores + 1, valid, priority, noise)
+
+
+def test_a_subclass_with_a_way_of_its_own_is_not_replaced_by_its_parent():
+    assert type(ImportanceSampling(0.5).at(0.25)) is ImportanceSampling
+    assert Louder(0.5).at(0.25) is None
 
 
 class Biased(Selection):

@@ -91,6 +91,7 @@ STRATEGIES = {
         lambda: SageStrategy(POLICY, balance="mean", token_weighted=True),
         {"accumulate_grad_batches": 2},
     ),
+    "ddp validating": ("ddp", {"val_check_interval": 2, "limit_val_batches": 2}),
     "fsdp to one file": (
         lambda: SageModelParallelStrategy(POLICY, save_distributed_checkpoint=False),
         {},
@@ -121,11 +122,12 @@ def train(rank, name, folder, killed=None, resume=None, world=2, kind=ResumableL
         strategy=strategy() if callable(strategy) else strategy,
         max_epochs=2,
         callbacks=callbacks,
-        **QUIET | {"enable_checkpointing": True},
-        **settings,
+        **{"limit_val_batches": 0, **QUIET, "enable_checkpointing": True, **settings},
     )
     loader = kind(rows(world), batch_size=3, shuffle=True, collate_fn=collate)
-    trainer.fit(task, loader, ckpt_path=resume, weights_only=True)
+    # of its own generator, as the training's
+    val = ResumableLoader(rows(world)[:12], batch_size=3, collate_fn=collate)
+    trainer.fit(task, loader, val, ckpt_path=resume, weights_only=True)
     weights = {n: whole(p.detach()).clone() for n, p in task.named_parameters()}
     return task.losses, weights
 
@@ -185,6 +187,50 @@ def test_resuming_with_other_ranks_says_what_is_lost(tmp_path):
         assert steps > 0
         heard = [text for text in said if "random states of 1 processes and this fit has 2" in text]
         assert len(heard) == (rank == 0)
+
+
+def fit_one(task, callback, **settings):
+    trainer = L.Trainer(accelerator="cpu", callbacks=[callback], **QUIET, **settings)
+    trainer.fit(task, DataLoader(rows(1)[:6], batch_size=3, collate_fn=collate))
+    return trainer
+
+
+def test_states_that_were_loaded_go_nowhere_else():
+    """Kept until the first batch, and of no use to another fit."""
+    callback = SageCallback(POLICY)
+    assert callback.state_dict() == {}
+    loaded = {"ranks": [{"random": random_states(torch.device("cpu"))}]}
+    callback.load_state_dict(loaded)
+    assert callback.state_dict() == loaded
+    torch.manual_seed(5)
+    first = Dropping()
+    fit_one(first, callback, max_steps=2)
+    torch.manual_seed(5)
+    other = Dropping()
+    fit_one(other, SageCallback(POLICY), max_steps=2)
+    assert [loss for *_, loss, _ in first.losses] == [loss for *_, loss, _ in other.losses]
+
+
+class Within(Dropping):
+    """Saves where a signal might."""
+
+    def on_before_backward(self, loss):
+        self.saved = self.trainer._checkpoint_connector.dump_checkpoint()["callbacks"]
+
+
+def test_a_checkpoint_from_within_a_batch_asks_no_other_rank():
+    def saved(rank):
+        task = Within()
+        trainer = L.Trainer(
+            accelerator="cpu", devices=2, strategy=SageStrategy(POLICY), max_steps=1, **QUIET
+        )
+        # one rank alone: a collective would hang
+        if rank == 1:
+            task.on_before_backward = lambda loss: None
+        trainer.fit(task, DataLoader(rows(2), batch_size=3, collate_fn=collate))
+        return getattr(task, "saved", None)
+
+    assert ranks(2, saved, group=False, timeout=60) == [{}, None]
 
 
 def test_states_of_generators_come_back():

@@ -1,6 +1,7 @@
 """Both strategies through the Trainer: gradients, weights by tokens, balance, sharding, manners."""
 
 import functools
+import re
 import warnings
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from lightning_sage import (
     TopMass,
     install,
 )
+from lightning_sage.tokens import count_tokens, labels_are_shifted, loss_tokens
 from processes import ranks
 from tasks import LIGHTNING_WARNINGS, QUIET, Task, traces, wrapped
 
@@ -133,13 +135,14 @@ CLIPS = {
 
 
 @functools.cache
-def expected(accumulate=1, clip=None, by_tokens=False, policy=HALF, micros=MICROS):
+def expected(accumulate=1, clip=None, by_tokens=False, policy=HALF, micros=MICROS, among=None):
     """One process in the place of two."""
+    among = tuple(range(micros)) if among is None else among
     task = Float64()
     parameters = list(task.parameters())
     with install(task, policy):
-        for start in range(0, micros, accumulate):
-            window = range(start, min(start + accumulate, micros))
+        for start in range(0, len(among), accumulate):
+            window = among[start : start + accumulate]
             batches = [batch_of(rank, micro) for micro in window for rank in range(2)]
             total = sum(map(labelled, batches))
             task.zero_grad()
@@ -231,6 +234,33 @@ def test_weighted_by_tokens_it_is_the_mean_over_all_tokens(cell):
     assert_all(found, want)
 
 
+class Skips(Float64):
+    """Steps at every second batch only, as Lightning's documentation shows it."""
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, closure):
+        if batch_idx % 2 == 0:
+            closure()
+        else:
+            optimizer.step(closure)
+
+
+class Leaves(Float64):
+    """Ends each epoch in the middle of a window."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if batch_idx == 3 else None
+
+
+def test_weights_of_gradients_that_were_thrown_away_are_forgotten():
+    """Lightning zeroes gradients at the start of a window, stepped or not."""
+    run = functools.partial(weights, task=Skips, micros=4)
+    found = ranks(2, run, sage(token_weighted=True), group=False)
+    assert_all(found, expected(by_tokens=True, among=(1, 3)))
+    run = functools.partial(weights, task=Leaves, max_epochs=2, accumulate_grad_batches=2)
+    found = ranks(2, run, sage(token_weighted=True), group=False)
+    assert_all(found, expected(2, by_tokens=True, among=(0, 1, 0, 1)))
+
+
 def replayed(rank, strategy, **settings):
     return fitted(rank, strategy, **settings)[1].rows
 
@@ -293,6 +323,47 @@ def test_the_strategy_costs_nothing_but_one_exchange():
             assert collectives == among + 1
             # a few numbers to exchange, and some to choose by in each block
             assert operations - before <= 30 + 25 * blocks
+
+
+def twice(rank, *strategies):
+    """Rows of fits of one callback, and what is left of what ranks agreed on."""
+    callback, rows = SageCallback(ADAPTIVE), []
+    for strategy in strategies:
+        rows.append(fitted(rank, strategy, callback)[1].rows)
+        assert callback.agreement is None
+    return rows
+
+
+def test_a_callback_forgets_what_the_ranks_of_another_fit_agreed_on():
+    [[_, found], _] = ranks(2, twice, lambda: SageStrategy(balance="mean"), "ddp", group=False)
+    [[fresh], _] = ranks(2, twice, "ddp", group=False)
+    assert found == fresh
+
+
+class Uneven(InnerSharded):
+    """One rank sees another kind of batch than before, and the other does not."""
+
+    def loss(self, batch):
+        # from 12 tokens to 20 an argument's signature is another
+        return super().loss({k: v[:, :8] for k, v in batch.items()} if self.short else batch)
+
+    @property
+    def short(self):
+        return self.global_rank == 0 and self.trainer.global_step == 0
+
+
+class Padding(InnerSharded):
+    def loss(self, batch):
+        if self.global_rank == 1:
+            batch = batch | {"attention_mask": torch.zeros_like(batch["input_ids"])}
+        return super().loss(batch)
+
+
+def test_parts_of_blocks_are_gathered_by_all_ranks_together():
+    one, other = ranks(2, functools.partial(weights, task=Uneven), fsdp(), group=False)
+    assert_gradients_close(one, other, 1e-15)
+    with pytest.raises(AssertionError, match=r"padding alone, or not finite.*shard it as a"):
+        ranks(2, functools.partial(weights, task=Padding), fsdp(), group=False)
 
 
 def test_words_of_a_trainer():
@@ -453,6 +524,50 @@ def test_what_cannot_be_sharded_is_refused():
         assert "does not support precision='64-true'" in error
 
 
+class Tied(Float64):
+    """A weight in two modules that are called apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(32, 60, bias=False).double()
+        self.head.weight = self.model.transformer.wte.weight
+
+
+class TiedBlocks(Float64):
+    def __init__(self):
+        super().__init__()
+        one, other = self.model.transformer.h
+        one.mlp.c_fc.weight = other.mlp.c_fc.weight
+
+
+def test_parameters_shared_between_parts_are_refused():
+    for task, names in (
+        (Tied, "'head' and 'model' share"),
+        (TiedBlocks, r"h\.1' and .*h\.0' share"),
+    ):
+        for error in ranks(2, refused, fsdp(), task, group=False):
+            assert re.search(names, error)
+            assert "call fully_shard in configure_model" in error
+
+
+def generated(rank, lora):
+    task = Float64(zoo.build("gpt2", lora=lora))
+    _, module, _ = fitted(rank, fsdp(), task=lambda: task, micros=1)
+    ids = batch_of(0, 0)["input_ids"][:1, :4]
+    with torch.no_grad():
+        return module.model.eval().generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False,
+            pad_token_id=0,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_sharded_model_generates(lora):
+    one, other = ranks(2, generated, lora, group=False)
+    assert torch.equal(one, other)
+    assert one.shape == (1, 7)
+
+
 class Watched(Float64):
     """Notes the type its attention computes in."""
 
@@ -516,17 +631,18 @@ def test_batches_that_cannot_be_counted_are_refused():
 
 
 def test_labels_are_counted_as_the_loss_counts_them():
-    from lightning_sage.tokens import count_tokens, loss_tokens
+    def count(name):
+        return int(loss_tokens(batch, labels_are_shifted(zoo.build(name))))
 
     batch = zoo.make_batch("llama")
     inside = batch["labels"] != -100
-    assert int(loss_tokens(batch, zoo.build("llama"))) == int(inside[:, 1:].sum())
     batch["labels"][:, 0] = 5
-    assert int(loss_tokens(batch, zoo.build("gpt2"))) == int(inside[:, 1:].sum())
-    assert int(loss_tokens(batch, zoo.build("bert"))) == int((batch["labels"] != -100).sum())
-    assert loss_tokens({"labels": torch.zeros(3)}, zoo.build("bert")) == 3
+    for name in ("llama", "gpt2", "plain"):
+        assert count(name) == int(inside[:, 1:].sum())
+    assert count("bert") == int((batch["labels"] != -100).sum())
+    assert loss_tokens({"labels": torch.zeros(3)}, True) == 3
     seq2seq = nn.Module()
     seq2seq.config = SimpleNamespace(is_encoder_decoder=True)
-    assert int(loss_tokens(batch, seq2seq)) == int((batch["labels"] != -100).sum())
+    assert not labels_are_shifted(seq2seq)
     assert int(count_tokens(batch)) == int(batch["attention_mask"].sum())
     assert count_tokens({"input_ids": batch["input_ids"]}) == batch["input_ids"].numel()
