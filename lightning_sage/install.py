@@ -156,8 +156,8 @@ class Installation:
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
             raise ReplayError(
                 f"no gradient reached {', '.join(names[:8])}{more}, although the backward pass "
-                "went through their blocks; freeze them if they are not used, or, if they are experts "
-                "that had no token, set SageCallback(check_gradients=False)"
+                "went through their blocks; freeze them if they are not used, or, if they are "
+                "experts that had no token, set SageCallback(check_gradients=False)"
             )
         return bool(reached)
 
