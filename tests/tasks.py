@@ -17,6 +17,19 @@ LIGHTNING_WARNINGS = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
 ]
+# the smallest that the byte tokenizer's ids fit
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 259,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
 HALF = SagePolicy(keep=0.5, sinks=0)
 PLAIN = SagePolicy(keep=0.5, sinks=0, blocks=["model.blocks.*"])
 QUIET = dict.fromkeys(

@@ -30,6 +30,7 @@ from lightning_sage.corpus import StdlibFunctions, StdlibWindows, stdlib_files
 from lightning_sage.models import CausalLM, LoRA, SequenceClassifier
 from lightning_sage.saving import SavePretrained
 from processes import ranks
+from tasks import LLAMA
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -42,18 +43,6 @@ METHODS = {"method/sage.yaml", "method/checkpointing.yaml"}
 STRATEGIES = {
     "strategy/ddp.yaml": SageStrategy,
     "strategy/fsdp.yaml": SageModelParallelStrategy,
-}
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 259,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
 }
 
 pytestmark = [

@@ -21,8 +21,8 @@ import launched
 from lightning_sage import cli
 from lightning_sage.models import CausalLM
 from processes import free_port, ranks
-from tasks import QUIET
-from test_cli import LLAMA, config, losses
+from tasks import LLAMA, QUIET
+from test_cli import config, losses
 
 TESTS = Path(__file__).parent
 TABLE = "SAGE: memory for the backward pass"

@@ -12,20 +12,9 @@ from lightning_sage import SageCallback, SagePolicy
 from lightning_sage.data import AnswerData, LabelData, Loading
 from lightning_sage.models import CausalLM, LoRA, Optimization, SequenceClassifier
 from lightning_sage.saving import SavePretrained
+from tasks import LLAMA
 
 PACKAGE = Path(__file__).parents[1] / "lightning_sage"
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 259,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
 
 pytestmark = [
     # two cores do not profit from worker processes, and Lightning advises them whatever the data

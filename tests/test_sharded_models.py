@@ -18,20 +18,8 @@ from lightning_sage import SageModelParallelStrategy, SagePolicy, cross_entropy
 from lightning_sage.data import AnswerData, Loading
 from lightning_sage.models import CausalLM, LoRA, Optimization
 from lightning_sage.saving import SavePretrained
-from tasks import QUIET
+from tasks import LLAMA, QUIET
 
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 259,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
 POLICY = SagePolicy(keep=0.5, replay=None)
 
 ranks = functools.partial(processes.ranks, group=False)
