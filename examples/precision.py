@@ -247,12 +247,14 @@ def differences(records: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
 def show(records: Sequence[dict[str, Any]]) -> Table:
     """The table."""
     table = Table(
-        *("method", "precision", "seed", "final loss", "validation"),
-        *("less dense 32-true: curve", "final", "validation"),
-        *("less itself in 32-true: curve", "final", "validation"),
-        *("skipped", "s a step"),
-        title="Losses; curves by the mean distance at a step; the second row is the noise",
+        *("method", "precision", "seed", "last\nsteps", "vali-\ndation"),
+        *("off dense:\na step", "last\nsteps", "vali-\ndation"),
+        *("off itself:\na step", "last\nsteps", "vali-\ndation"),
+        *("steps\nskipped", "s a\nstep"),
+        title="Losses, and how far off dense training, and off the same method, in 32-true",
+        caption="a step: mean distance; the second row, another seed, is the noise",
         title_justify="left",
+        caption_justify="left",
     )
     for record, of in zip(records, differences(records), strict=True):
         table.add_row(

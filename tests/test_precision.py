@@ -586,3 +586,20 @@ def test_differences_are_to_dense_and_to_itself(monkeypatch):
         [0.25, 0.5, 1, 0, 0, 0],
         [0.75, 1, 2, 0.5, 0.5, 1],
     ]
+
+
+def test_recorded_curves_stay_within_the_noise_of_two_seeds(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import precision
+
+    lines = (EXAMPLES / "results" / "precision.jsonl").read_text().splitlines()
+    # the latest of each run
+    known = {(r["method"], r["precision"], r["seed"]): r for r in map(json.loads, lines)}
+    assert [precision.Run(*key) for key in known] == list(precision.RUNS)
+    records = list(known.values())
+    found = dict(zip(known, precision.differences(records), strict=True))
+    noise = found["dense", "32-true", 1]
+    for (method, name, seed), row in found.items():
+        if seed == 0:
+            for of in ("curve", "final", "validation"):
+                assert abs(row[f"dense_{of}"]) < abs(noise[f"dense_{of}"]), (method, name, of)
