@@ -44,6 +44,7 @@ def first_call(job: Job) -> None:
     if seen and not session.force_check:
         return
     hidden = job.hidden
+    job.parts.refuse_repacking(hidden.device)
     # hooks of a checkpoint around the block count what is saved, and this is saved once only
     unseen = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
     with torch.no_grad(), random_state_kept(hidden.device), buffers_kept(job.block), unseen:

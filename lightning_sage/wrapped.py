@@ -114,6 +114,25 @@ class Parts:
                         slots.setdefault(id(parameter), (module, name))
         self.slots = list(slots.values())
 
+    def refuse_repacking(self, device: torch.device) -> None:
+        """Refuse layers that a forward without grad would change for good.
+
+        In eval mode on a CPU with AVX512-BF16, bitsandbytes lays 4-bit weights anew at a call
+        without grad, which SAGE's dense pass is, and the new layout has no backward.
+
+        Raises:
+            ReplayError: There is such a layer.
+        """
+        for module in self.modules:
+            able = getattr(module, "support_avx512bf16_for_cpu", False)
+            if able and device.type == "cpu" and not module.training:
+                raise ReplayError(
+                    f"{type(module).__name__} of bitsandbytes is in eval mode, where it would "
+                    "repack its weights on this CPU to a form without backward: call train() on "
+                    "the model, and before a validation give the layers "
+                    "support_avx512bf16_for_cpu=False"
+                )
+
     def trainable(self) -> list[Tensor]:
         """The tensors in the slots, as they are now."""
         return [getattr(module, name) for module, name in self.slots]

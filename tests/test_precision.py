@@ -20,7 +20,14 @@ from accuracy import (
     parameter_gradients,
     scales,
 )
-from lightning_sage import AllTokens, GradientMass, ImportanceSampling, SagePolicy, corpus
+from lightning_sage import (
+    AllTokens,
+    GradientMass,
+    ImportanceSampling,
+    ReplayError,
+    SagePolicy,
+    corpus,
+)
 from lightning_sage.callback import SageCallback
 from oracle import oracle, replayed
 from steps import policy_of, told_blocks
@@ -477,33 +484,32 @@ def test_qlora_trains_adapters_alone(stored, precision, device):
     assert gained(everything) == pytest.approx(gained(dense), rel=0.1)
 
 
-@pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
-@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
-def test_qlora_in_eval_mode(tmp_path, request):
+@pytest.fixture
+def in_mode(tmp_path):
+    """Gradients of QLoRA in train or eval mode, with layers that repack their weights or do not."""
     pytest.importorskip("bitsandbytes")
-    from bitsandbytes.functional import has_avx512bf16
-
-    if has_avx512bf16():
-        reason = (
-            "in eval mode, without grad and with AVX512-BF16, bitsandbytes repacks its weights in "
-            "place to a form that has no backward: SAGE's dense forward is such a call, and the "
-            "gradient is another, with no more than a warning of torch"
-        )
-        request.applymarker(pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason))
     from transformers import LlamaConfig, LlamaForCausalLM
 
     # it repacks widths of whole groups only
     sizes = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "num_key_value_heads": 4}
     LlamaForCausalLM(LlamaConfig(**zoo.MODELS["llama"].config | sizes)).save_pretrained(tmp_path)
 
-    def found(mode):
-        task = Task(qlora(tmp_path).train(mode))
-        sage = SageCallback(EVERYTHING, print_summary=False)
-        return gradients_of("llama", task, sage)
+    def found(train, repacks):
+        task = Task(qlora(tmp_path).train(train))
+        for module in four_bit(task).values():
+            module.support_avx512bf16_for_cpu = repacks
+        return gradients_of("llama", task, SageCallback(EVERYTHING, print_summary=False))
 
-    with pytest.warns(UserWarning, match="2 of 2 blocks train in eval mode"):
-        actual = found(False)
-    assert_gradients_close(actual, found(True), 1e-3)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
+@pytest.mark.filterwarnings("ignore:2 of 2 blocks train in eval mode")
+def test_qlora_in_eval_mode(in_mode):
+    assert_gradients_close(in_mode(False, False), in_mode(True, True), 1e-3)
+    # to a form without backward, where a block runs without grad
+    with pytest.raises(ReplayError, match=r"Linear4bit .* call train\(\) on the model"):
+        in_mode(False, True)
 
 
 @pytest.mark.gpu
