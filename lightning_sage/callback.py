@@ -108,7 +108,7 @@ class SageCallback(Callback):
         if stage == "fit":
             # of a resumed fit that ended before its first batch
             self._resumed = []
-            check_trainer(trainer, pl_module, self.allow_untested)
+            check_trainer(trainer, pl_module, self._allows_untested(trainer))
             # blocks may be built later, in configure_model: on_fit_start raises what is left
             with suppress(ValueError):
                 self.attach(trainer, pl_module)
@@ -128,9 +128,14 @@ class SageCallback(Callback):
             pl_module,
             self.policy,
             measure_dense=measure_dense,
-            allow_untested=self.allow_untested,
+            allow_untested=self._allows_untested(trainer),
         )
         self.installation.agreement = self.agreement
+
+    def _allows_untested(self, trainer: Trainer) -> bool:
+        """As this callback says, or a strategy of this package."""
+        strategy: Any = trainer.strategy
+        return self.allow_untested or getattr(strategy, "allow_untested", False)
 
     def detach(self) -> None:
         """Remove; again is no error."""

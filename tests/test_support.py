@@ -130,6 +130,17 @@ def test_a_refused_model_is_not_touched():
     assert ranks(1, untouched, group=False) == [True]
 
 
+def allowed(rank):
+    strategy = SageStrategy(allow_untested=True, static_graph=True)
+    callback, trainer = SageCallback(), trainer_with(strategy, accumulate=2)
+    with pytest.warns(UserWarning, match="because of allow_untested=True"):
+        callback.setup(trainer, Task(), "fit")
+
+
+def test_a_strategy_may_allow_it_for_a_callback():
+    ranks(1, allowed, group=False)
+
+
 class Checkpointed(zoo.PlainModel):
     """Runs its blocks in checkpoints."""
 
