@@ -65,6 +65,7 @@ def trainer_with(strategy=None, precision=None, accumulate=1, callbacks=()):
         accelerator=real.accelerator,
         accumulate_grad_batches=accumulate,
         callbacks=real.callbacks,
+        barebones=True,
     )
 
 
