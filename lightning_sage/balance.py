@@ -160,7 +160,7 @@ def fit_kept(
 
 def fit_replayed(
     replayer: Selection,
-    own: Chosen,
+    own: Chosen | None,
     budget: Budget,
     given: tuple[Tensor, Tensor | None, int, Tensor],
 ) -> Chosen:
@@ -168,7 +168,7 @@ def fit_replayed(
 
     Args:
         replayer: The selection.
-        own: What it chose by itself, ``[N]``.
+        own: What it chose by itself, ``[N]``, where that was asked for already.
         budget: Rows to replay.
         given: What the selection chose from, as for :func:`Selection.replay`.
 
@@ -178,6 +178,7 @@ def fit_replayed(
     other = replayer.at(budget.fraction)
     if other is not None:
         return other.replay(*given)
+    own = replayer.replay(*given) if own is None else own
     norms, saliency, *_ = given
     return Chosen(_cut_or_filled(replayer, own, gradient_scores(norms, saliency), budget.rows))
 

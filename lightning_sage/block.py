@@ -206,15 +206,19 @@ def _picked(
     # rows whose gradient is not finite come first, so that a NaN surfaces as in a dense step
     norms = norms.where(norms.isfinite(), float("inf"))
     given = norms, cache.saliency, valid, noise
-    chosen = replayer.replay(*given)
-    wanted = chosen.rows.sum() if wanted is None else wanted
+    # with a budget what it would choose by itself is only asked for where that is to be counted
+    own = replayer.replay(*given) if budget is None or wanted is None else None
+    if wanted is None:
+        assert own is not None
+        wanted = own.rows.sum()
     wanted = least(wanted, job.wanted)
     if count == kept:
         return None, None, wanted
     if budget is not None:
-        chosen = fit_replayed(replayer, chosen, budget, given)
+        own = fit_replayed(replayer, own, budget, given)
+    assert own is not None
     assert count is None or isinstance(count, int)
-    return ops.picked(chosen.rows, count), chosen.probability, wanted
+    return ops.picked(own.rows, count), own.probability, wanted
 
 
 def _replay(

@@ -108,7 +108,7 @@ class SageCallback(Callback):
         if stage == "fit":
             # of a resumed fit that ended before its first batch
             self._resumed = []
-            check_trainer(trainer, pl_module, self._allows_untested(trainer))
+            check_trainer(trainer, self._allows_untested(trainer))
             # blocks may be built later, in configure_model: on_fit_start raises what is left
             with suppress(ValueError):
                 self.attach(trainer, pl_module)

@@ -15,12 +15,16 @@ from filelock import FileLock
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from rich.console import Console
 
 # imported for its names: a configuration may say StdlibFunctions for the whole path
 from lightning_sage import corpus  # noqa: F401
-from lightning_sage.models import CausalLM, HuggingFaceModule, Optimization
+from lightning_sage.models import (
+    CausalLM,
+    HuggingFaceModule,
+    Optimization,
+    has_passing_processes,
+)
 from lightning_sage.saving import SavePretrained
 from lightning_sage.selections import Selection
 
@@ -99,9 +103,7 @@ class SageCLI(LightningCLI):
         """Pre-train or find what was pre-trained, then validate what the fit starts from."""
         if self.pretraining is not None:
             self.start_from(self.pretrained())
-        forks = isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher)
-        if forks and isinstance(self.model, HuggingFaceModule):
-            # what processes build that are forked or spawned for a fit ends with them
+        if has_passing_processes(self.trainer) and isinstance(self.model, HuggingFaceModule):
             self.model.configure_model()
         if self._get(self.config_init, "compare_validation"):
             self._loss_before = self._validation_loss()

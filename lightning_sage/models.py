@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -194,12 +194,17 @@ class HuggingFaceModule(LightningModule):
         }
 
 
+def has_passing_processes(trainer: Trainer) -> bool:
+    """Whether a fit forks or spawns its processes, which end with all that they build."""
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
 def _warn_of_passing_processes(module: LightningModule) -> None:
     """Where a fit has forked or spawned its processes, what they build is gone with them."""
     trainer = module._trainer
     if trainer is None or trainer.state.fn != TrainerFn.FITTING:
         return
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+    if has_passing_processes(trainer):
         rank_zero_warn(
             "this fit's processes build the model and take it with them: to have its weights "
             "after the fit call configure_model() before it, or save them with SavePretrained"

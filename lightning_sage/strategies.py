@@ -31,6 +31,11 @@ from lightning_sage.tokens import Window, count_tokens, labels_are_shifted, loss
 LossTokens = Callable[[Any], int]
 
 
+def sage_callback(trainer: Trainer) -> SageCallback | None:
+    """The Trainer's, if it has one."""
+    return next((c for c in callbacks_of(trainer) if isinstance(c, SageCallback)), None)
+
+
 class _SageMixin(ParallelStrategy):
     """What both strategies add: the callback, budgets that ranks agree on, weighted losses."""
 
@@ -68,11 +73,10 @@ class _SageMixin(ParallelStrategy):
             self._find_callback(model.trainer)
 
     def _find_callback(self, trainer: Trainer) -> SageCallback:
-        callbacks = callbacks_of(trainer)
-        given = next((c for c in callbacks if isinstance(c, SageCallback)), None)
+        given = sage_callback(trainer)
         if given is None:
             given = SageCallback(self.policy, allow_untested=self.allow_untested)
-            callbacks.insert(0, given)
+            callbacks_of(trainer).insert(0, given)
         elif self.policy not in (None, given.policy) and not self._told:
             self._told = True
             rank_zero_warn(
@@ -269,8 +273,8 @@ class SageModelParallelStrategy(_SageMixin, ModelParallelStrategy):
         """Shard what is not sharded, then set up as usual."""
         module = self._module
         self._refuse_precision()
-        given = [c.policy for c in callbacks_of(trainer) if isinstance(c, SageCallback)]
-        policy = next(iter(given), self.policy or SagePolicy())
+        callback = sage_callback(trainer)
+        policy = callback.policy if callback is not None else self.policy or SagePolicy()
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}
         dtype = dtypes[self.activation_dtype]
         shard(

@@ -43,19 +43,16 @@ def refuse_other_package(*objects: object) -> None:
             )
 
 
-def check_trainer(trainer: Trainer, module: LightningModule, allow_untested: bool) -> None:
+def check_trainer(trainer: Trainer, allow_untested: bool) -> None:
     """Refuse what is known not to go with SAGE, and warn of what has not been tried.
 
     Args:
         trainer: The trainer, with its strategy and plugins.
-        module: What it trains.
         allow_untested: Only warn of what would be refused.
 
     Raises:
-        TypeError: See :func:`refuse_other_package`.
-        ValueError: Anything else; all reasons at once.
+        ValueError: Something does not go with SAGE; all reasons at once.
     """
-    refuse_other_package(trainer, module)
     reasons = list(_conflicts(trainer))
     if reasons and not allow_untested:
         raise ValueError(

@@ -77,14 +77,13 @@ class Window:
         return own / self._unit() if self._unit() else 0.0
 
     def factor(self, divisor: int) -> float:
-        """What the sum of the gradients still lacks; the next window starts.
+        """What the sum of the gradients still lacks.
 
         Args:
             divisor: What each loss was divided by already.
         """
-        total, unit = sum(self._counts), self._unit()
-        self._counts = []
-        return unit * divisor / total if total else 1.0
+        total = sum(self._counts)
+        return self._unit() * divisor / total if total else 1.0
 
     def _unit(self) -> float:
         return next((count for count in self._counts if count), 0.0)

@@ -132,3 +132,8 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def whole(x):
+    """A tensor, gathered where it is sharded; all ranks have to ask."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x

@@ -29,7 +29,7 @@ from accuracy import assert_gradients_close, cosine, parameter_gradients
 from lightning_sage import AllTokens, ImportanceSampling, SagePolicy, TopMass, install
 from lightning_sage.install import find_blocks
 from lightning_sage.memory import saved_bytes
-from processes import ranks
+from processes import ranks, whole
 
 STEPS = 3
 TINY = 0.001  # MiB: every weight matrix fills a bucket
@@ -128,10 +128,6 @@ def train(model, backward, clip=None):
         found.append({name: whole(g) for name, g in parameter_gradients(model).items()})
         optimizer.step()
     return found
-
-
-def whole(x):
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 @functools.cache

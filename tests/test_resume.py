@@ -31,7 +31,7 @@ from lightning_sage import (
 )
 from lightning_sage.loader import ResumableLoader
 from lightning_sage.resume import random_states, restore_random_states
-from processes import free_port, ranks
+from processes import free_port, ranks, whole
 from tasks import LIGHTNING_WARNINGS, QUIET, Task, wrapped
 
 ROOT = Path(__file__).parents[1]
@@ -101,10 +101,6 @@ STRATEGIES = {
         {"accumulate_grad_batches": 2},
     ),
 }
-
-
-def whole(x):
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def train(rank, name, folder, killed=None, resume=None, world=2, kind=ResumableLoader):

@@ -26,7 +26,7 @@ from lightning_sage import (
     install,
 )
 from lightning_sage.tokens import count_tokens, labels_are_shifted, loss_tokens
-from processes import ranks
+from processes import ranks, whole
 from tasks import LIGHTNING_WARNINGS, QUIET, Task, traces, wrapped
 
 pytestmark = LIGHTNING_WARNINGS
@@ -97,10 +97,6 @@ class Sharded(Float64):
 
 class InnerSharded(Sharded):
     inner = True
-
-
-def whole(x):
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def fitted(rank, strategy, callback=None, task=Float64, micros=MICROS, **settings):

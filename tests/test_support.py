@@ -90,9 +90,9 @@ CONFLICTS = {
 def test_conflicts_are_refused_with_a_way_out(reason):
     trainer = CONFLICTS[reason]()
     with pytest.raises(ValueError, match=rf"{reason}.*: use .*allow_untested=True"):
-        check_trainer(trainer, Task(), allow_untested=False)
+        check_trainer(trainer, allow_untested=False)
     with pytest.warns(UserWarning, match=f"because of allow_untested=True.*{reason}"):
-        check_trainer(trainer, Task(), allow_untested=True)
+        check_trainer(trainer, allow_untested=True)
 
 
 @pytest.mark.parametrize(
@@ -105,18 +105,18 @@ def test_conflicts_are_refused_with_a_way_out(reason):
     ],
 )
 def test_what_is_tested_is_silent(trainer):
-    check_trainer(trainer(), Task(), allow_untested=False)
+    check_trainer(trainer(), allow_untested=False)
 
 
 def test_all_reasons_are_said_at_once():
     with pytest.raises(ValueError, match=r"ZeRO stage 3.*; .*fp8 scales"):
-        check_trainer(trainer_with(zero(3), fp8()), Task(), allow_untested=False)
+        check_trainer(trainer_with(zero(3), fp8()), allow_untested=False)
 
 
 @pytest.mark.parametrize("strategy", [lambda: zero(2), lambda: without_init(FSDPStrategy)])
 def test_what_nobody_has_tried_is_said(strategy):
     with pytest.warns(UserWarning, match=r"has not been tested with SAGE"):
-        check_trainer(trainer_with(strategy()), Task(), allow_untested=False)
+        check_trainer(trainer_with(strategy()), allow_untested=False)
 
 
 def untouched(rank):
