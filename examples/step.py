@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from lightning_sage import Installation, SagePolicy, install
 from lightning_sage.cross_entropy import check_chunked_loss, chunked_loss
 from lightning_sage.memory import MIB, saved_bytes
-from lightning_sage.metrics import SageUsage
+from lightning_sage.metrics import CachedBytes, KeptTokens, ReplayedTokens
 
 # vocabulary, width, width of the MLP, blocks, query heads, key heads, tied embedding
 SHAPES = {
@@ -136,9 +136,15 @@ class Contender:
             self.result["saved_mib"] = held() / MIB
         loss.backward()
         if self.installation is not None:
-            usage = SageUsage().to(loss.device)
-            usage.update(self.installation.records)
-            self.result |= {name: value.item() for name, value in usage.compute().items()}
+            metrics = {
+                "kept_fraction": KeptTokens(),
+                "replayed_fraction": ReplayedTokens(),
+                "cached_mib": CachedBytes(),
+            }
+            for name, metric in metrics.items():
+                metric.to(loss.device).update(self.installation.records)
+                unit = MIB if name == "cached_mib" else 1
+                self.result[name] = metric.compute().item() / unit
         if batch["input_ids"].is_cuda:
             del loss
             self.result |= self.activation(batch)

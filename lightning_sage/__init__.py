@@ -5,7 +5,12 @@ from lightning_sage.callback import SageCallback as SageCallback
 from lightning_sage.install import Installation as Installation
 from lightning_sage.install import install as install
 from lightning_sage.install import uninstall as uninstall
-from lightning_sage.metrics import SageUsage as SageUsage
+from lightning_sage.metrics import CachedBytes as CachedBytes
+from lightning_sage.metrics import GradientFidelity as GradientFidelity
+from lightning_sage.metrics import KeptTokens as KeptTokens
+from lightning_sage.metrics import PeakMemory as PeakMemory
+from lightning_sage.metrics import ReplayedTokens as ReplayedTokens
+from lightning_sage.metrics import SavedBytes as SavedBytes
 from lightning_sage.policy import SagePolicy as SagePolicy
 from lightning_sage.records import BlockRecord as BlockRecord
 from lightning_sage.sampling import ImportanceSampling as ImportanceSampling

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from lightning_sage.records import BlockRecord
 from lightning_sage.replay import Kept, PackedForward, Replayer, keep_attention
 from lightning_sage.selections import Selection
 from lightning_sage.session import REPLAY_STREAM
-from lightning_sage.wrapped import ATTRIBUTE, Parts, Wrapped
+from lightning_sage.wrapped import ATTRIBUTE, Parts, Wrapped, hooks_off
 
 
 def sparse_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -69,6 +67,8 @@ def sparse_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
             parts.slots = []
         job = Job(block, wrapped, arguments, parts, Surroundings(hidden.device))
         selfcheck.first_call(job)
+        if wrapped.session.probe is not None:
+            wrapped.session.probe.note(wrapped.name, job.parameters, job.seed)
         # something has to require grad where frozen embeddings enter a block that is trained
         anchor = [torch.zeros((), requires_grad=True)] if wrapped.nested else []
         out = _Sparse.apply(job, hidden, *extra, *job.parameters, *anchor)
@@ -149,7 +149,9 @@ class _Sparse(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, job: Job, hidden: Tensor, *others: Tensor) -> Tensor:
-        out, cache = (_skip_rows if job.wrapped.skips else _keep_rows)(job, hidden)
+        probe = job.session.probe
+        skips = job.wrapped.skips and not (probe is not None and probe.dense)
+        out, cache = (_skip_rows if skips else _keep_rows)(job, hidden)
         if out is hidden:
             raise ReplayError("it returns its input")
         tensors, job.causal = cache.taken_apart()
@@ -269,20 +271,7 @@ def _gradients(job: Job, out: Tensor, inputs: list[Tensor], grad: Tensor) -> lis
         job.wrapped.refuse_second_replay()
         torch.autograd.backward(out, grad)
         return [x.grad for x in inputs]
-    with _hooks_off(job.parameters):
+    with hooks_off(job.parameters):
         found = torch.autograd.grad(out, inputs, grad, allow_unused=True)
     job.wrapped.note_reached(job.parts.slots, found[len(inputs) - len(job.parameters) :], job.block)
     return list(found)
-
-
-@contextmanager
-def _hooks_off(parameters: list[Tensor]) -> Iterator[None]:
-    """Tensor hooks of parameters are for the gradient that is returned, not for the replay's."""
-    hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
-    for active, _ in hooks:
-        active.clear()
-    try:
-        yield
-    finally:
-        for active, saved in hooks:
-            active.update(saved)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
-from statistics import median
-from time import perf_counter
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_warn
@@ -16,25 +14,40 @@ from rich.console import Console
 
 from lightning_sage.balance import Agreement
 from lightning_sage.install import Installation, install
-from lightning_sage.memory import MIB
-from lightning_sage.metrics import SageUsage
+from lightning_sage.meters import Meters
+from lightning_sage.monitor import Step
 from lightning_sage.policy import SagePolicy
 from lightning_sage.resume import gathered, place, random_states, restore_random_states
+from lightning_sage.selections import AllTokens
 from lightning_sage.summary import summary_table
 from lightning_sage.support import check_trainer, refuse_other_package
 from lightning_sage.tokens import Window
+from lightning_sage.watch import Watch, Watching, is_quiet
 
 
 class SageCallback(Callback):
     """Fine-tunes with sparse backward passes; the model is as before when the fit is over.
 
-    Logs `sage/kept_fraction` and `sage/replayed_fraction` (of the valid tokens) and
-    `sage/cached_mib` (a step), each over the steps since it was last logged, and prints one table
-    at the end of the fit. Evaluation, checkpoints and `state_dict` do not notice it.
+    Logs `sage/kept_fraction` and `sage/replayed_fraction` (of the valid tokens), `sage/cached_mib`
+    (a step), `sage/peak_mib` and, of the first steps, `sage/saved_mib`, each over the steps since
+    it was last logged; writes them block by block to `sage.jsonl` in the logger's folder, for
+    `lightning-sage report`; and prints one table at the end of the fit. Under `fast_dev_run` and
+    `barebones` it says nothing. Evaluation, checkpoints and `state_dict` do not notice it.
 
     Args:
-        policy: Which tokens are kept and replayed; None is `SagePolicy()`.
-        measure_dense: Count, on the first batch, what a dense step would have saved for backward.
+        policy: Which tokens are kept and replayed; None is `SagePolicy()`, or with a
+            `memory_budget` `SagePolicy(keep=AllTokens())`, of which as much is kept as fits.
+        log_every_n_steps: Optimizer steps between two logs; None is the Trainer's, 0 logs nothing.
+        fidelity_every_n_steps: Optimizer steps between two looks at the gradient: the batch is run
+            twice more, densely and sparsely, and `sage/fidelity_cosine` (overall and by block) and
+            `sage/fidelity_norm_ratio` are logged. 0 never looks.
+        fidelity_floor: A cosine below it is warned of.
+        fidelity_target: A cosine to hold, by moving the fractions or masses of `keep` and `replay`.
+        memory_budget: A size (`20GiB`), or a share of the device's memory (0.9), that a step has
+            to fit in; on a CPU, of the bytes that SAGE caches. The first four steps find the best
+            that fits; a step that runs out of memory nevertheless is taken again with less.
+        measure_dense: Count, on the first batch, what a dense step would have saved for backward,
+            and on the first three what SAGE's steps save.
         print_summary: Print the table at the end of the fit.
         check_gradients: Check at the first step that every trainable parameter of a block that
             was replayed got a gradient; switch it off where experts may go without tokens.
@@ -43,19 +56,18 @@ class SageCallback(Callback):
     Attributes:
         agreement: What ranks tell one another, given by a strategy of this package.
         installation: What is installed in the model; None outside of a fit.
-        usage: The metric, over all steps of the latest fit.
-        summary: The numbers of the table, from the end of the latest fit.
 
     Checkpoints hold the states of the random generators of every rank as they are between two
     batches, so that a resumed fit draws (selections, dropout) what the uninterrupted one would have
-    drawn; loaders that draw from torch's default generator, as a plain DataLoader does when it is
-    iterated, shift that (see :class:`lightning_sage.loader.ResumableLoader`).
+    drawn; loaders that draw from torch's default generator, as a plain DataLoader does, shift that
+    (see :class:`lightning_sage.loader.ResumableLoader`).
 
-    In processes that a fit has forked or spawned, `usage` and `summary` stay with them;
+    In processes that a fit has forked or spawned, `meters` and `summary` stay with them;
     `trainer.callback_metrics` comes back.
 
     Raises:
-        ValueError: When the fit starts: a strategy, plugin or setting does not go with SAGE.
+        ValueError: An argument is out of range; when the fit starts: a strategy, plugin or setting
+            does not go with SAGE, or the weights alone are above the budget.
         ReplayError: At the first step: a block cannot be replayed, or its parameters were reached
             by the backward pass and got no gradient.
     """
@@ -63,36 +75,53 @@ class SageCallback(Callback):
     def __init__(
         self,
         policy: SagePolicy | None = None,
+        log_every_n_steps: int | None = None,
+        fidelity_every_n_steps: int = 0,
+        fidelity_floor: float = 0.7,
+        fidelity_target: float | None = None,
+        memory_budget: str | float | None = None,
         measure_dense: bool = True,
         print_summary: bool = True,
         check_gradients: bool = True,
         allow_untested: bool = False,
     ) -> None:
         super().__init__()
-        self.policy = policy or SagePolicy()
-        self.measure_dense = measure_dense
-        self.print_summary = print_summary
+        if policy is None:
+            policy = SagePolicy() if memory_budget is None else SagePolicy(keep=AllTokens())
+        self._watching = Watching(
+            policy,
+            log_every_n_steps,
+            fidelity_every_n_steps,
+            fidelity_floor,
+            fidelity_target,
+            memory_budget,
+            measure_dense,
+            print_summary,
+        )
+        self.policy, self.print_summary = policy, print_summary
         self.check_gradients = check_gradients
         self.allow_untested = allow_untested
         self.agreement: Agreement | None = None
         self.installation: Installation | None = None
-        self.usage = SageUsage()
-        self.summary: dict[str, float] = {}
-        self._recent = SageUsage()
+        self._device = torch.device("cpu")
         self._resumed: list[dict[str, Any]] = []
         self._start_fit()
 
     def _start_fit(self) -> None:
-        self.usage.reset()
-        self._recent.reset()
-        self.summary = {}
-        self._first_cached_bytes = 0
-        self._seconds: deque[float] = deque(maxlen=1000)
-        self._batch_started = 0.0
+        self._watch = Watch(self._watching)
         self._in_batch = False
-        self._logged_step = 0
         self._mode_checked = False
         self._gradients_checked = False
+
+    @property
+    def meters(self) -> Meters | None:
+        """The metrics of the latest fit; None before the first, or where nobody asks for them."""
+        return self._watch.meters
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """The numbers of the table, from the end of the latest fit."""
+        return self._watch.summary
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what leads to the model: copying the callback must not copy that."""
@@ -115,15 +144,16 @@ class SageCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install anew, now that adapters, precision and sharding are in place."""
-        self.attach(trainer, pl_module)
         self._start_fit()
-        self.usage.to(trainer.strategy.root_device)
-        self._recent.to(trainer.strategy.root_device)
+        self._device = trainer.strategy.root_device
+        self.attach(trainer, pl_module)
+        assert self.installation is not None
+        self._watch.steering.start(trainer, pl_module, self.installation)
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install, in place of what was installed before."""
         self.detach()
-        measure_dense = self.measure_dense and not trainer.barebones
+        measure_dense = self._watching.measure_dense and not trainer.barebones
         self.installation = install(
             pl_module,
             self.policy,
@@ -131,6 +161,7 @@ class SageCallback(Callback):
             allow_untested=self._allows_untested(trainer),
         )
         self.installation.agreement = self.agreement
+        self.installation.policy = self._watch.steering.policy
 
     def _allows_untested(self, trainer: Trainer) -> bool:
         """As this callback says, or a strategy of this package."""
@@ -139,6 +170,7 @@ class SageCallback(Callback):
 
     def detach(self) -> None:
         """Remove; again is no error."""
+        self._watch.stop()
         if self.installation is not None:
             self.installation.remove()
             self.installation = None
@@ -150,7 +182,7 @@ class SageCallback(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Remove: the Trainer calls no teardown after an exception."""
+        """Remove: the Trainer calls no teardown then."""
         self.detach()
 
     def state_dict(self) -> dict[str, Any]:
@@ -161,7 +193,8 @@ class SageCallback(Callback):
         # there to answer
         if self.installation is None or self._in_batch:
             return {}
-        own: dict[str, Any] = {"random": random_states(self.usage.device)}
+        own: dict[str, Any] = {"random": random_states(self._device)}
+        own |= self._watch.steering.state()
         if self.agreement is not None:
             own["demand"] = self.agreement.demand()
         return {"ranks": gathered(own)}
@@ -172,6 +205,8 @@ class SageCallback(Callback):
 
     def _resume(self) -> None:
         rank, world = place()
+        if self._resumed and self.installation is not None:
+            self._watch.steering.resume(self._resumed[0], self.installation)
         if self._resumed and len(self._resumed) != world:
             rank_zero_warn(
                 f"the checkpoint holds random states of {len(self._resumed)} processes and this "
@@ -179,27 +214,34 @@ class SageCallback(Callback):
             )
         elif self._resumed:
             own = self._resumed[rank]
-            restore_random_states(own["random"], self.usage.device)
+            restore_random_states(own["random"], self._device)
             if self.agreement is not None:
                 self.agreement.resume(own.get("demand"))
         self._resumed = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count steps from where a resumed fit continues."""
-        self._logged_step = trainer.global_step
+        """Begin to measure."""
+        assert self.installation is not None
+        self._watch.start(trainer, pl_module, self.installation)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Show the batch's labels and padding to the installation, in case the model is not."""
+        """Look at the gradient where that is due, and begin to measure the step."""
         assert self.installation is not None
         self._resume()
         if not self._mode_checked:
             self._mode_checked = True
             _warn_of_eval_mode(self.installation)
+        self._watch.before_step(Step(trainer, pl_module, self.installation, batch, batch_idx))
+        # in case the model is not shown labels and padding
         self.installation.observe(batch if isinstance(batch, Mapping) else None)
-        self._batch_started = perf_counter()
         self._in_batch = True
+
+    def on_before_backward(self, *_: Any) -> None:
+        """The forward is done."""
+        if self.meters is not None:
+            self.meters.before_backward()
 
     def on_before_zero_grad(self, *_: Any) -> None:
         """What was accumulated is thrown away, and so are its weights."""
@@ -209,6 +251,8 @@ class SageCallback(Callback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check once, before the first optimizer step, that no gradient was lost."""
         assert self.installation is not None
+        if self.meters is not None:
+            self.meters.after_backward()
         if self.check_gradients and not self._gradients_checked:
             # DeepSpeed keeps gradients in buffers of its own
             kept = not isinstance(trainer.strategy, DeepSpeedStrategy)
@@ -226,52 +270,24 @@ class SageCallback(Callback):
         assert self.installation is not None
         self._in_batch = False
         self.installation.observe(None)
-        if trainer.barebones:
-            return
-        self._seconds.append(perf_counter() - self._batch_started)
-        records = self.installation.records
-        if self.usage.update_count == 0:
-            self._first_cached_bytes = sum(record.cached_bytes for record in records)
-        self.usage.update(records)
-        self._recent.update(records)
-        # set by a part of the Trainer that its type does not show
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and trainer.global_step // every > self._logged_step // every:
-            self._logged_step = trainer.global_step
-            self._log(pl_module, on_step=True)
+        step = Step(trainer, pl_module, self.installation, batch, batch_idx)
+        self._watch.after_step(step, outputs)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the steps that no interval covered."""
         # the epoch may have been ended at the start of a batch
         self._in_batch = False
-        if self._recent.update_called:
-            self._log(pl_module, on_step=False)
-
-    def _log(self, pl_module: LightningModule, on_step: bool) -> None:
-        values = {f"sage/{name}": value for name, value in self._recent.compute().items()}
-        # never the metric itself: Lightning wants logged metrics to be the module's own.
-        # compute() is over all ranks already; sync_dist only tells Lightning
-        pl_module.log_dict(
-            values, on_step=on_step, on_epoch=not on_step, batch_size=1, sync_dist=not on_step
-        )
-        self._recent.reset()
+        self._watch.epoch_end()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sum up, on every rank, while the ranks can still talk to each other."""
-        if not self.usage.update_called:
-            return
+        """Sum up."""
         assert self.installation is not None
-        self.summary = {name: value.item() for name, value in self.usage.compute().items()}
-        if self.installation.dense_saved_bytes:
-            self.summary["dense_mib"] = self.installation.dense_saved_bytes / MIB
-            self.summary["ratio"] = self._first_cached_bytes / self.installation.dense_saved_bytes
-        # the first step includes the self-check and the dense count
-        seconds = list(self._seconds)[1:] or list(self._seconds)
-        self.summary["seconds"] = median(seconds)
+        self._watch.end(self.installation)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table, below the progress bar."""
-        if self.print_summary and self.summary and trainer.is_global_zero:
+        told = self.summary and self.print_summary and not is_quiet(trainer)
+        if told and trainer.is_global_zero:
             Console().print(summary_table(self.summary))
 
 

@@ -96,34 +96,45 @@ class Installation:
 
     Attributes:
         model: The model.
-        policy: What is kept and replayed.
         blocks: The wrapped blocks by name, in order.
+        session: What they share.
     """
 
     def __init__(
         self, model: nn.Module, policy: SagePolicy, blocks: dict[str, nn.Module], session: Session
     ) -> None:
-        self.model, self.policy, self.blocks, self._session = model, policy, blocks, session
+        self.model, self.blocks, self.session = model, blocks, session
+        self._policy = policy
+
+    @property
+    def policy(self) -> SagePolicy:
+        """What is kept and replayed; of another one all but which blocks are wrapped, and how."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, new: SagePolicy) -> None:
+        fixed = {k: getattr(self._policy, k) for k in ("blocks", "dense_blocks", "unselected")}
+        self._policy = replace(new, **fixed)
+        self.session.policy = replace(self._policy, blocks=None)
 
     @property
     def records(self) -> list[BlockRecord]:
         """What each block did with the latest batch, in order; empty before the first."""
-        return [record for _, record in sorted(self._session.records.items())]
+        return [record for _, record in sorted(self.session.records.items())]
 
     @property
     def dense_saved_bytes(self) -> int | None:
         """Bytes that a dense step would have saved in the blocks; None before it was measured."""
-        measured = self._session.dense_bytes
-        return sum(measured.values()) if measured else None
+        return sum(self.session.dense_bytes.values()) or None
 
     @property
     def agreement(self) -> Agreement | None:
         """What ranks tell one another of every batch; None where each goes its own way."""
-        return self._session.agreement
+        return self.session.agreement
 
     @agreement.setter
     def agreement(self, agreement: Agreement | None) -> None:
-        self._session.agreement = agreement
+        self.session.agreement = agreement
 
     @property
     def unreached(self) -> list[str]:
@@ -167,7 +178,7 @@ class Installation:
         Args:
             batch: A mapping with `labels` and `attention_mask`; anything else tells nothing.
         """
-        self._session.batch = dict(batch) if isinstance(batch, Mapping) else {}
+        self.session.batch = dict(batch) if isinstance(batch, Mapping) else {}
 
     def check(self, batch: Mapping[str, Any]) -> None:
         """Check on ``model(**batch)`` that every block can be replayed on some of its rows.
@@ -177,7 +188,7 @@ class Installation:
         Raises:
             ReplayError: Names the first block that cannot, and the reason.
         """
-        session = self._session
+        session = self.session
         records, session.force_check = dict(session.records), True
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         try:

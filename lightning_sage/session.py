@@ -42,6 +42,29 @@ class Choice(NamedTuple):
     budget: Budget | None
 
 
+class Probe:
+    """A pass over a batch that asks for gradients of block parameters only (see `probe.py`).
+
+    Args:
+        dense: Whether every token is kept and replayed, whatever the policy says.
+
+    Attributes:
+        parameters: By block, the tensors that its forward used.
+    """
+
+    def __init__(self, dense: bool) -> None:
+        self.dense = dense
+        self.parameters: dict[str, list[Tensor]] = {}
+
+    def note(self, name: str, parameters: list[Tensor], seed: Seed) -> None:
+        """Remember the parameters of a call, and draw its seed.
+
+        Drawn in every pass, and in order: a dense and a sparse pass drop the same activations.
+        """
+        self.parameters[name] = parameters
+        int(seed)
+
+
 class Session:
     """State of an installation while its model trains.
 
@@ -55,6 +78,7 @@ class Session:
         # between ranks; None where each goes its own way
         self.agreement: Agreement | None = None
         self.batch: Mapping[str, Any] = {}
+        self.probe: Probe | None = None
         self.force_check = False
         self.measure_dense = False
         self.dense_bytes: dict[int, int] = {}

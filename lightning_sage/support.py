@@ -60,13 +60,16 @@ def check_trainer(trainer: Trainer, allow_untested: bool) -> None:
         )
     if reasons:
         rank_zero_warn(f"SAGE goes on because of allow_untested=True: {'; '.join(reasons)}")
-    elif not isinstance(trainer.strategy, _TESTED) or isinstance(
-        trainer.strategy, DeepSpeedStrategy
-    ):
+    elif not is_tested(trainer.strategy):
         rank_zero_warn(
             f"{type(trainer.strategy).__name__} has not been tested with SAGE; whether gradients "
             "arrive is checked at the first step"
         )
+
+
+def is_tested(strategy: Strategy) -> bool:
+    """Whether the tests of this package train with such a strategy."""
+    return isinstance(strategy, _TESTED) and not isinstance(strategy, DeepSpeedStrategy)
 
 
 def _conflicts(trainer: Trainer) -> Iterator[str]:

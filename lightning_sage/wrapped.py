@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,3 +137,16 @@ class Parts:
     def trainable(self) -> list[Tensor]:
         """The tensors in the slots, as they are now."""
         return [getattr(module, name) for module, name in self.slots]
+
+
+@contextmanager
+def hooks_off(parameters: list[Tensor]) -> Iterator[None]:
+    """Tensor hooks of parameters are for the gradient that trains them, and not for others."""
+    hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
+    for active, _ in hooks:
+        active.clear()
+    try:
+        yield
+    finally:
+        for active, saved in hooks:
+            active.update(saved)

@@ -1,107 +1,280 @@
 import copy
 import doctest
 import pickle
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchmetrics import MetricCollection
 
+import lightning_sage.fidelity
 import lightning_sage.memory
 import lightning_sage.metrics
-from lightning_sage.memory import saved_bytes
-from lightning_sage.metrics import SageUsage
+from lightning_sage import (
+    BlockRecord,
+    CachedBytes,
+    GradientFidelity,
+    KeptTokens,
+    PeakMemory,
+    ReplayedTokens,
+    SavedBytes,
+)
+from lightning_sage.memory import saved_bytes, tensors_in
+
+BLOCKS = ["a", "b", "c"]
+TOKENS = [KeptTokens, ReplayedTokens, CachedBytes]
 
 
-def record(valid, kept, replayed=None, cached_bytes=0, device="cpu"):
+def record(name, valid, kept, replayed=None, cached_bytes=0, device="cpu"):
     """A record of B samples of 4 tokens, of which the first so many are marked."""
 
     def mask(counts):
         counts = torch.tensor(counts, device=device)
         return torch.arange(4, device=device) < counts[:, None]
 
-    return SimpleNamespace(
-        valid=mask(valid),
-        kept=mask(kept),
-        replayed=None if replayed is None else mask(replayed),
-        cached_bytes=cached_bytes,
+    # how many, a meta tensor could not tell
+    rows = None if replayed is None else torch.arange(sum(replayed), device=device)
+    return BlockRecord(name, mask(valid), mask(kept), cached_bytes, rows=rows)
+
+
+def values(metric):
+    found = metric.compute()
+    return (
+        {k: v.item() for k, v in found.items()}
+        if isinstance(found, dict)
+        else round(found.item(), 9)
     )
 
 
-def values(usage):
-    return {name: value.item() for name, value in usage.compute().items()}
+def fed(metric):
+    """The metric, with one update."""
+    if isinstance(metric, GradientFidelity):
+        metric.update({"a": [torch.tensor([3.0, 0.0])]}, {"a": [torch.tensor([3.0, 4.0])]})
+    elif isinstance(metric, PeakMemory):
+        metric.update("forward")
+    else:
+        metric.update(1000 if isinstance(metric, SavedBytes) else [record("a", [4], [1], [1], 300)])
+    return metric
 
 
-@pytest.mark.parametrize("module", [lightning_sage.memory, lightning_sage.metrics])
+ALL = [*TOKENS, SavedBytes, PeakMemory, GradientFidelity]
+MAKERS = [*ALL, *(lambda kind=kind: kind(BLOCKS) for kind in [*TOKENS, GradientFidelity])]
+
+
+@pytest.mark.parametrize(
+    "module", [lightning_sage.memory, lightning_sage.metrics, lightning_sage.fidelity]
+)
 def test_doctests(module):
     tried = doctest.testmod(module)
     assert tried.attempted
     assert not tried.failed
 
 
-def test_counts_over_blocks_and_steps():
-    usage = SageUsage()
-    usage.update([record([4, 2], [3, 1], [1, 0], 2**20), record([4, 2], [1, 1], [1, 1], 2**20)])
-    # another batch size and length in the next step
-    usage.update([record([4], [4], [2], 2**20), record([4], [0], [0], 2**20)])
-    assert values(usage) == {
-        "kept_fraction": pytest.approx(10 / 20),
-        "replayed_fraction": pytest.approx(5 / 20),
-        "cached_mib": 2.0,
-    }
+STEPS = [
+    [record("a", [4, 2], [3, 1], [1, 0], 100), record("b", [4, 2], [1, 1], [1, 1], 200)],
+    # another batch size in the next step, and one block alone
+    [record("b", [4], [4], [2], 500)],
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "overall", "a", "b"),
+    [
+        (KeptTokens, 10 / 16, 4 / 6, 6 / 10),
+        (ReplayedTokens, 5 / 16, 1 / 6, 4 / 10),
+        (CachedBytes, 400.0, 50.0, 350.0),
+    ],
+)
+def test_counts_over_blocks_and_steps(kind, overall, a, b):
+    alone, each = kind(), kind(BLOCKS)
+    for records in STEPS:
+        alone.update(records)
+        each.update(records)
+    assert values(alone) == pytest.approx(overall)
+    assert values(each) == pytest.approx({"overall": overall, "a": a, "b": b, "c": 0.0})
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [1], [2, 1]])
+@pytest.mark.parametrize("shared", [True, False])
+def test_records_are_told_by_name_whatever_their_order(order, shared):
+    valid = torch.ones(2, 4, dtype=torch.bool)
+    records = [record(name, [4, 4], [i, 1], [i, 2], i) for i, name in enumerate(BLOCKS)]
+    for one in records:
+        one.valid = valid if shared else valid.clone()
+    for kind, per_block in [
+        (KeptTokens, [1 / 8, 2 / 8, 3 / 8]),
+        (ReplayedTokens, [2 / 8, 3 / 8, 4 / 8]),
+        (CachedBytes, [0.0, 1.0, 2.0]),
+    ]:
+        metric = kind(BLOCKS)
+        metric.update([records[i] for i in order])
+        ran = {BLOCKS[i]: per_block[i] if i in order else 0.0 for i in range(3)}
+        found = values(metric)
+        del found["overall"]
+        assert found == ran
+
+
+def test_blocks_that_see_batches_of_different_shapes():
+    metric = KeptTokens(BLOCKS)
+    metric.update([record("a", [4, 4], [1, 1]), record("b", [4], [1]), record("c", [2], [2])])
+    assert values(metric) == {"overall": 5 / 14, "a": 0.25, "b": 0.25, "c": 1.0}
+
+
+@pytest.mark.parametrize("kind", TOKENS)
+def test_an_unknown_block_is_named(kind):
+    metric = kind(BLOCKS)
+    with pytest.raises(ValueError, match=r"block 'z' is none of blocks=\['a', 'b', 'c'\]"):
+        metric.update([record("a", [4], [1]), record("z", [4], [1])])
+    with pytest.raises(ValueError, match="stands twice"):
+        kind(["a", "a"])
 
 
 def test_a_block_without_backward_replayed_nothing():
-    usage = SageUsage()
-    usage.update([record([4], [2], None), record([4], [2], [2])])
-    assert values(usage)["replayed_fraction"] == pytest.approx(2 / 8)
+    metric = ReplayedTokens()
+    metric.update([record("a", [4], [2], None), record("b", [4], [2], [2])])
+    assert values(metric) == 2 / 8
 
 
-def test_a_step_without_blocks_or_tokens():
-    usage = SageUsage()
-    usage.update([])
-    usage.update([record([0], [0], [0])])
-    assert values(usage) == {"kept_fraction": 0.0, "replayed_fraction": 0.0, "cached_mib": 0.0}
+@pytest.mark.parametrize("kind", TOKENS)
+@pytest.mark.parametrize("blocks", [None, [], ["a"]])
+def test_a_step_without_blocks_or_tokens(kind, blocks):
+    metric = kind(blocks)
+    metric.update([])
+    metric.update([record("a", [0], [0], [0])] if blocks != [] else [])
+    found = values(metric)
+    assert found == (0.0 if blocks is None else dict.fromkeys(["overall", *blocks], 0.0))
 
 
-def test_ranks_are_summed():
-    def both_ranks(state, group=None):
-        return [state, state + 4]
-
-    usage = SageUsage(distributed_available_fn=lambda: True, dist_sync_fn=both_ranks)
-    usage.update([record([4], [1], [0], cached_bytes=2**20)])
-    # valid 4 + 8, kept 1 + 5, replayed 0 + 4, bytes 2**20 + (2**20 + 4), steps 1 + 5
-    assert values(usage) == {
-        "kept_fraction": pytest.approx(6 / 12),
-        "replayed_fraction": pytest.approx(4 / 12),
-        "cached_mib": pytest.approx((2 * 2**20 + 4) / 6 / 2**20),
-    }
-    assert usage.kept == 1, "compute() must leave the rank's own counts in place"
-
-
-def test_counting_reads_nothing_from_the_device():
+@pytest.mark.parametrize("kind", TOKENS)
+@pytest.mark.parametrize("blocks", [None, BLOCKS, BLOCKS[::-1]])
+def test_counting_reads_nothing_from_the_device(kind, blocks):
     # a meta tensor has no values: whatever waits for one raises
-    usage = SageUsage().to("meta")
-    usage.update([record([4], [2], [1], 8, device="meta")] * 3)
-    assert usage.kept.is_meta
+    metric = kind(blocks).to("meta")
+    metric.update([record(name, [4], [2], [1], 8, device="meta") for name in BLOCKS])
+    metric.update([record("b", [4], [2], [1], 8, device="meta")])
+    assert all(getattr(metric, state).is_meta for state in metric._defaults)
 
 
-def test_survives_the_cast_of_its_module():
+class Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("blocks", [None, [f"{i}" for i in range(32)]])
+def test_the_work_of_an_update_does_not_grow_with_the_blocks(blocks):
+    views = {"detach", "expand", "view", "_unsafe_view", "alias", "lift_fresh", "_to_copy"}
+    valid = torch.ones(2, 4, dtype=torch.bool)
+    records = [
+        BlockRecord(f"{i}", valid, valid.clone(), 8, rows=torch.arange(3)) for i in range(32)
+    ]
+    metrics = [kind(blocks) for kind in TOKENS]
+    with Calls() as calls:
+        for metric in metrics:
+            metric.update(records)
+    kernels = [name for name in calls.names if name not in views]
+    assert len(kernels) < 20, kernels
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_survives_the_cast_of_its_module(make):
     module = nn.Linear(1, 1)
-    module.usage = SageUsage()
-    module.usage.update([record([4], [1])] * 75)
+    module.metric = fed(make())
+    before = module.metric.compute()
     module.to(torch.bfloat16)
-    module.usage.update([record([4], [1])])
-    assert module.usage.valid == 304
+    after = module.metric.compute()
+    assert str(after) == str(before), "values that were computed before are cast neither"
+    for state in module.metric._defaults:
+        assert getattr(module.metric, state).dtype == torch.long
+    for _ in range(300):
+        fed(module.metric)
+    steps = "seen" if isinstance(module.metric, GradientFidelity) else "steps"
+    if hasattr(module.metric, steps):
+        assert getattr(module.metric, steps).max() == 301
 
 
-def test_reset_copy_and_pickle():
-    usage = SageUsage()
-    usage.update([record([4], [1], [1], 4)])
-    before = values(usage)
-    assert values(copy.deepcopy(usage)) == values(pickle.loads(pickle.dumps(usage))) == before
-    usage.reset()
-    assert usage.valid == usage.steps == 0
+@pytest.mark.parametrize("make", MAKERS)
+def test_reset_copy_and_pickle(make):
+    metric = fed(make())
+    before = str(metric.compute())
+    for other in (copy.deepcopy(metric), pickle.loads(pickle.dumps(metric)), metric.clone()):
+        assert str(other.compute()) == before
+        fed(other)
+    assert str(metric.compute()) == before, "copies share no states"
+    metric.reset()
+    assert all(not getattr(metric, state).any() for state in metric._defaults)
+
+
+@pytest.mark.parametrize("make", [m for m in MAKERS if m is not PeakMemory])
+def test_forward_gives_the_batch_and_counts_it(make):
+    metric, batch, ran = make(), make(), {}
+    ran["update"] = metric.update
+    for size in (1, 3):
+        if isinstance(metric, GradientFidelity):
+            given = ({"a": [torch.tensor([1.0])]}, {"a": [torch.tensor([float(size)])]})
+        elif isinstance(metric, SavedBytes):
+            given = (size,)
+        else:
+            given = ([record("a", [4], [size], [size], size)],)
+        batch.reset()
+        batch.update(*given)
+        assert str(metric(*given)) == str(batch.compute())
+    found = values(metric)
+    found = found.get("overall", found.get("norm_ratio")) if isinstance(found, dict) else found
+    # tokens and gradients, or bytes
+    expected = {KeptTokens: 0.5, ReplayedTokens: 0.5, GradientFidelity: 2 / 3}
+    assert found == pytest.approx(expected.get(type(metric), 2.0))
+
+
+def test_forward_notes_the_peak_of_its_phase(monkeypatch):
+    use = iter([(5, 5), (7, 9), (1, 9)])
+    monkeypatch.setattr(
+        lightning_sage.metrics, "in_use", lambda device: lightning_sage.memory.InUse(*next(use))
+    )
+    metric = PeakMemory()
+    assert metric("forward")["step"] == 9
+    assert metric("backward")["forward"] == 0
+    assert values(metric) == {"forward": 9, "backward": 7, "optimizer": 0, "step": 9}
+
+
+def test_a_collection_keeps_equal_counts_apart():
+    together = MetricCollection([kind(BLOCKS) for kind in TOKENS])
+    together.update([record(name, [4], [2], [2], 7) for name in BLOCKS])
+    # kept and replayed are the same here, and must not be taken for one metric for good
+    together.update([record(name, [4], [4], [0], 9) for name in BLOCKS])
+    found = together.compute()
+    assert found["KeptTokens_overall"] == 6 / 8
+    assert found["ReplayedTokens_a"] == 2 / 8
+    assert found["CachedBytes_c"] == 8
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("several", [False, True])
+def test_plots(make, several):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.switch_backend("agg")
+    metric = fed(make())
+    figure, axes = metric.plot([metric.compute(), metric.compute()] if several else None)
+    figure.canvas.draw()
+    drawn = axes if not hasattr(axes, "ravel") else axes.ravel()[0]
+    assert drawn.lines
+    plt.close(figure)
+
+
+def test_tensors_of_a_batch():
+    one, two = torch.ones(1), torch.ones(2)
+    sparse = torch.eye(2).to_sparse()
+    batch = {"a": one, "b": [(two, "text", 3)], "c": record("x", [1], [1]), "d": sparse}
+    found = list(tensors_in(batch))
+    assert found[0] is one
+    assert found[1] is two
+    assert len(found) == 4
+    assert not list(tensors_in(None))
 
 
 def test_saved_bytes_counts_storages_once():

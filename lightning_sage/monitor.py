@@ -1,0 +1,268 @@
+"""FidelityMonitor: on some steps of a fit, how far the sparse gradient is from the dense one."""
+
+from __future__ import annotations
+
+import gc
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lightning_sage.dial import Dial, FidelityControl, setting
+from lightning_sage.install import Installation
+from lightning_sage.memory import tensors_in
+from lightning_sage.metrics import GradientFidelity
+from lightning_sage.policy import SagePolicy
+from lightning_sage.probe import Gradients, block_gradients, undisturbed
+from lightning_sage.records import BlockRecord
+from lightning_sage.sampling import ImportanceSampling
+from lightning_sage.support import is_tested
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step that is about to be taken.
+
+    Attributes:
+        trainer: The trainer.
+        module: Its module.
+        installation: SAGE on the module.
+        batch: The batch, where the module is.
+        batch_idx: Its number in the epoch.
+    """
+
+    trainer: Trainer
+    module: LightningModule
+    installation: Installation
+    batch: Any
+    batch_idx: int
+
+    def gradients(
+        self, policy: SagePolicy | None = None, dense: bool = False
+    ) -> tuple[Gradients, list[BlockRecord]]:
+        """See :func:`lightning_sage.probe.block_gradients`; nothing shows afterwards."""
+        observed = self.batch if isinstance(self.batch, Mapping) else None
+        self.installation.observe(observed)
+        with undisturbed(self.module, self.module.device), _unlogged(self.module):
+            return block_gradients(self.installation, self._loss, policy, dense)
+
+    def _loss(self) -> Tensor:
+        """What the module's `training_step` returns, in the trainer's precision."""
+        precision, step = self.trainer.precision_plugin, self.module.training_step
+        indexed = is_param_in_hook_signature(step, "batch_idx", min_args=2)
+        with precision.train_step_context():
+            out = step(self.batch, self.batch_idx) if indexed else step(self.batch)
+        loss = out["loss"] if isinstance(out, Mapping) else out
+        if not isinstance(loss, Tensor):
+            raise ValueError("training_step returned no loss for this batch")
+        # in float16 small gradients are there only when scaled
+        scaler = getattr(precision, "scaler", None)
+        return loss if scaler is None else loss * scaler.get_scale()
+
+    def samples(self) -> int:
+        """Samples of the batch: the first axis of its first tensor."""
+        return next((len(x) for x in tensors_in(self.batch) if x.dim()), 1)
+
+    def first(self, count: int) -> Step:
+        """The step with the first samples of its batch only."""
+        whole = self.samples()
+        if count == whole:
+            return self
+
+        def cut(x: Tensor) -> Tensor:
+            return x[:count] if x.shape[:1] == (whole,) else x
+
+        return replace(self, batch=apply_to_collection(self.batch, Tensor, cut))
+
+
+@contextmanager
+def _unlogged(module: LightningModule) -> Iterator[None]:
+    """What the module logs goes nowhere: it will log it again in the step itself."""
+    names = ("log", "log_dict")
+    own = {name: vars(module)[name] for name in names if name in vars(module)}
+    vars(module).update(dict.fromkeys(names, lambda *_, **__: None))
+    try:
+        yield
+    finally:
+        for name in names:
+            del vars(module)[name]
+        vars(module).update(own)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a look at one step has shown.
+
+    Attributes:
+        values: What `GradientFidelity` gives: `cosine` and `norm_ratio`, alone and by block.
+        samples: How many of the batch this rank looked at.
+    """
+
+    values: dict[str, float]
+    samples: int
+
+
+class FidelityMonitor:
+    """Runs a batch twice before its step, densely and sparsely, and compares the gradients.
+
+    Gradients, optimizer, random generators, buffers and metrics of the module are as if nothing
+    had happened, and what `training_step` logs meanwhile is dropped. Whatever else it does (its
+    own counters, hooks on modules) it does once more in each pass.
+
+    A batch that does not fit is looked at in part, and a module that cannot be looked at is
+    trained without, after one warning. (Sharded by FSDP2 ranks depend on one another, so only one
+    sample of each is looked at.)
+
+    Args:
+        every: Optimizer steps between two looks.
+        floor: A cosine below it is warned of, once until it has been above again.
+        control: What moves the policy by what is seen, if anything.
+
+    Attributes:
+        working: Whether this rank still looks.
+    """
+
+    def __init__(self, every: int, floor: float, control: FidelityControl | None = None) -> None:
+        self.every, self.floor, self.control = every, floor, control
+        self.working, self._low, self._at_its_end = True, False, False
+        self._samples: int | None = None
+        self._seen_at = -1
+
+    def is_due(self, step: int) -> bool:
+        """Whether the batch of this optimizer step is to be looked at; true once a step."""
+        due = step % self.every == 0 and step != self._seen_at
+        if due:
+            self._seen_at = step
+        return due
+
+    def look(self, step: Step) -> Reading | None:
+        """Compare the gradients of a batch, and steer by it; every rank has to.
+
+        Returns:
+            What was seen, over all ranks; None where no rank could look.
+        """
+        dense: Gradients | None = None
+        sparse: Gradients | None = None
+        records: list[BlockRecord] = []
+        if self.working:
+            with self._or_stop():
+                self._refuse(step)
+                step, dense = self._dense(step)
+                sparse, records = step.gradients()
+        values = _compared(step, sparse, dense)
+        if not values:
+            return None
+        if self.control is not None:
+            self._steer(step, dense, values["cosine"])
+        self._warn(step, values["cosine"], records)
+        return Reading(values, step.samples() if dense else 0)
+
+    def _dense(self, step: Step) -> tuple[Step, Gradients]:
+        """The dense gradient of as many samples as fit, and the step with these."""
+        whole = step.samples()
+        if isinstance(step.trainer.strategy, ModelParallelStrategy):
+            self._samples = 1
+        count = min(self._samples or whole, whole)
+        while True:
+            part = step.first(count)
+            try:
+                return part, part.gradients(dense=True)[0]
+            except torch.OutOfMemoryError:
+                if count == 1:
+                    raise
+            # outside of the handler, whose traceback holds what did not fit
+            count = self._samples = count // 2
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _refuse(self, step: Step) -> None:
+        strategy = type(step.trainer.strategy)
+        if not step.module.automatic_optimization:
+            raise ValueError("manual optimization steps within training_step, which looks twice")
+        if not is_tested(step.trainer.strategy):
+            raise ValueError(f"nobody has tried that with {strategy.__name__}")
+        if is_param_in_hook_signature(step.module.training_step, "dataloader_iter", explicit=True):
+            raise ValueError("training_step takes dataloader_iter, which gives a batch once only")
+
+    @contextmanager
+    def _or_stop(self) -> Iterator[None]:
+        """Training goes on without what fails inside."""
+        try:
+            yield
+        except Exception as error:
+            self.working = False
+            small = isinstance(error, torch.OutOfMemoryError)
+            text = "a single sample does not fit in memory" if small else str(error)
+            warnings.warn(
+                f"gradient fidelity is not measured any more ({type(error).__name__}: {text}); "
+                "training goes on",
+                stacklevel=2,
+            )
+
+    def _steer(self, step: Step, dense: Gradients | None, cosine: float) -> None:
+        control = self.control
+        assert control is not None
+
+        def measure(policy: SagePolicy) -> float | None:
+            sparse = None
+            if self.working and dense is not None:
+                with self._or_stop():
+                    sparse, _ = step.gradients(policy)
+            return _compared(step, sparse, dense).get("cosine")
+
+        control.update(cosine, measure)
+        if control.at_its_end and cosine < control.target and not self._at_its_end:
+            self._at_its_end = True
+            rank_zero_warn(
+                f"fidelity_target={control.target} is out of reach: the cosine is {cosine:.3f} "
+                f"with all that can be moved at its upper bound, {step.installation.policy}"
+            )
+
+    def _warn(self, step: Step, cosine: float, records: list[BlockRecord]) -> None:
+        low = cosine < self.floor
+        if low and not self._low and self.control is None:
+            rank_zero_warn(
+                f"the gradient's cosine with the dense one is {cosine:.3f} at step "
+                f"{step.trainer.global_step}, below fidelity_floor={self.floor}: "
+                f"{advice(step.installation.policy, records)}"
+            )
+        self._low = low
+
+
+def _compared(step: Step, sparse: Gradients | None, dense: Gradients | None) -> dict[str, float]:
+    """Cosines and norm ratios over all ranks; empty where no rank has any that is finite."""
+    metric = GradientFidelity(list(step.installation.blocks)).to(step.module.device)
+    # a rank that could not look counts nothing, but has to ask with the others
+    metric.update(sparse or {}, dense or {})
+    values = {name: float(value) for name, value in metric.compute().items()}
+    return values if math.isfinite(values["cosine"]) else {}
+
+
+def advice(policy: SagePolicy, records: list[BlockRecord]) -> str:
+    """What of a policy to raise for a better gradient, by what it kept and replayed of a batch."""
+    valid, kept, replayed = (
+        sum(int(x.sum()) for r in records if (x := getattr(r, name)) is not None)
+        for name in ("valid", "kept", "replayed")
+    )
+    name = "replay" if replayed < 0.9 * kept and setting(policy.replayer) else "keep"
+    selection = policy.replayer if name == "replay" else policy.keeper
+    share = (replayed if name == "replay" else kept) / max(valid, 1)
+    if setting(selection) is None:
+        text = "attention='full' and fewer bits saved (cache_dtype) are what is left to try"
+    else:
+        more = getattr(Dial(policy).at(1.0), name)
+        text = f"raise {name}, now {selection!r} ({share:.0%} of the tokens), say to {more!r}"
+    if isinstance(policy.replayer, ImportanceSampling) and name == "replay":
+        text += "; it is noise and no bias, as rows are drawn and reweighted"
+    return text
