@@ -1,6 +1,6 @@
 """`python -m lightning_sage` is `lightning-sage`."""
 
-from lightning_sage.cli import main
+from lightning_sage.commands import main
 
 if __name__ == "__main__":
     main()

@@ -36,6 +36,12 @@ _NOISE = [
 ]
 
 
+_OTHERS = (
+    "lightning-sage compare, estimate and report are commands of their own: see "
+    "lightning-sage compare --help"
+)
+
+
 @dataclass(frozen=True)
 class Pretraining:
     """A dense training from random weights, done once and kept, from which the fit starts.
@@ -78,7 +84,7 @@ class SageCLI(LightningCLI):
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
             parser_class=_Parser,
-            parser_kwargs={"prog": "lightning-sage"},
+            parser_kwargs={"prog": "lightning-sage", "epilog": _OTHERS},
             auto_configure_optimizers=False,
             args=args,
             run=run,

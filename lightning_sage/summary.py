@@ -13,10 +13,15 @@ def summary_table(summary: Mapping[str, float]) -> Table:
     table.columns[1].justify = "right"
     table.add_row("tokens kept", f"{summary['kept_fraction']:.1%}")
     table.add_row("tokens replayed", f"{summary['replayed_fraction']:.1%}")
+    if "fidelity_cosine" in summary:
+        table.add_row("gradient's cosine with the dense one", f"{summary['fidelity_cosine']:.3f}")
     table.add_row("cached a step", _mib(summary["cached_mib"]))
     if "ratio" in summary:
         table.add_row("a dense step saves (first batch)", _mib(summary["dense_mib"]))
         table.add_row("cached / dense (first batch)", f"{summary['ratio']:.3f}")
+    if "saved_mib" in summary:
+        table.add_row("saved for backward, with head and loss", _mib(summary["saved_mib"]))
+    table.add_row("peak memory", _mib(summary["peak_mib"]))
     table.add_row("seconds a step (median)", f"{summary['seconds']:.3g}")
     return table
 

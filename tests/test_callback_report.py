@@ -49,7 +49,7 @@ def test_logs_what_the_blocks_did_since_the_last_time(tmp_path, accumulate):
 
 
 def test_table_is_printed_once(capsys):
-    callback = SageCallback(HALF)
+    callback = SageCallback(HALF, fidelity_every_n_steps=4)
     fit(Task(llama()), callback, val=batches(1), max_epochs=2)
     shown = capsys.readouterr().out
     assert shown.count("tokens kept") == 1
@@ -57,6 +57,9 @@ def test_table_is_printed_once(capsys):
         ("kept_fraction", "{:.1%}"),
         ("cached_mib", "{:.3g} MiB"),
         ("ratio", "{:.3f}"),
+        ("fidelity_cosine", "{:.3f}"),
+        ("saved_mib", "{:.3g} MiB"),
+        ("peak_mib", "{:,.1f} MiB"),
     ):
         assert form.format(callback.summary[key]) in shown
     assert "seconds a step" in shown
