@@ -70,6 +70,7 @@ class Readings:
         kept: Share of the valid tokens: of all blocks, and of each.
         replayed: Likewise.
         cached: Bytes a step: of all blocks, and of each.
+        valid: Valid tokens of a batch.
         saved: All bytes that a step saved for backward; None where they were not counted.
         peak: Bytes by phase, the most of any step.
         seconds: Median of a step, of this rank.
@@ -79,6 +80,7 @@ class Readings:
     kept: tuple[float, list[float]]
     replayed: tuple[float, list[float]]
     cached: tuple[float, list[float]]
+    valid: float
     saved: float | None
     peak: dict[str, int]
     seconds: float
@@ -205,8 +207,13 @@ class Meters:
             whole(gauges.kept),
             whole(gauges.replayed),
             whole(gauges.cached),
+            self._valid(gauges),
             float(gauges.saved.compute()) or None if counted else None,
             {name: int(value) for name, value in gauges.peak.compute().items()},
             median(seconds) if seconds else 0.0,
             None if self._loss is None else float(self._loss) / max(self.steps, 1),
         )
+
+    def _valid(self, gauges: Gauges) -> float:
+        """Of this rank: the most that any block saw, as one may not run in every step."""
+        return float(gauges.kept.valid.max()) / max(gauges.kept.update_count, 1)

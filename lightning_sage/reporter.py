@@ -36,10 +36,15 @@ class Reporter:
             told.
         module: Its module.
         installation: SAGE on it.
+        settings: What else the history's first line says.
     """
 
     def __init__(
-        self, trainer: Trainer, module: LightningModule, installation: Installation
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        installation: Installation,
+        settings: Mapping[str, Any],
     ) -> None:
         self._trainer, self._module, self._installation = trainer, module, installation
         # asked on all ranks: it is broadcast
@@ -47,7 +52,7 @@ class Reporter:
         here = folder is not None and trainer.is_global_zero
         self._history = History(Path(str(folder)) / NAME) if here else None
         self._next_tokens = 0
-        self._write("start", version=VERSION, **self._about())
+        self._write("start", version=VERSION, **self._about(), **settings)
 
     def _about(self) -> dict[str, Any]:
         installation, parameters = self._installation, list(self._module.parameters())
@@ -91,6 +96,7 @@ class Reporter:
             replayed=readings.replayed[1],
             cached=readings.cached[1],
             saved=readings.saved,
+            valid=readings.valid,
             peak={name: value for name, value in readings.peak.items() if name != "step"},
         )
 
@@ -183,7 +189,7 @@ def plain(policy: SagePolicy) -> dict[str, Any]:
 def texts(tokenizer: Any, ids: list[int]) -> list[str]:
     """Text of each token by itself; numbers where there is no tokenizer."""
     if tokenizer is None:
-        return [str(i) for i in ids]
+        return [f" {i}" for i in ids]
     pieces = tokenizer.convert_ids_to_tokens(ids)
     # a space before a word is lost where SentencePiece decodes the word alone
     return [

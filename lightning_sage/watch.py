@@ -100,7 +100,9 @@ class Watch:
                 count_saved=settings.measure_dense and not quiet,
             )
         if self._every:
-            self._reporter = Reporter(trainer, module, installation)
+            floor, target = settings.fidelity_floor, settings.fidelity_target
+            told = {"fidelity_floor": floor, "fidelity_target": target}
+            self._reporter = Reporter(trainer, module, installation, told)
 
     def before_step(self, step: Step) -> None:
         """Look at the gradient where that is due, then begin to measure the step."""

@@ -108,6 +108,7 @@ def test_the_history_holds_what_the_records_held(tmp_path):
             assert line["cached"][i] == sum(r.cached_bytes for r in records) / 2
         assert line["peak"]["backward"] > 0
         assert line["loss"] > 0
+        assert line["valid"] == sum(int(step[0].valid.sum()) for step in part) / 2
     for line, records in zip(run.tokens, (seen[1], seen[3]), strict=True):
         assert line["kept"] == ["".join("01"[x] for x in r.kept[0]) for r in records]
         assert line["replayed"] == ["".join("01"[x] for x in r.replayed[0]) for r in records]
@@ -179,7 +180,7 @@ def test_spaces_before_words_are_kept():
     assert texts(SentencePieces(), [0, 1, 2, 3]) == [" Hello", " world", "!", "\n"]
     tokenizer = ByT5Tokenizer(extra_ids=0)
     assert "".join(texts(tokenizer, tokenizer("a b\n").input_ids[:-1])) == "a b\n"
-    assert texts(None, [7, 8]) == ["7", "8"]
+    assert texts(None, [7, 8]) == [" 7", " 8"]
 
 
 def test_one_process_and_two_log_the_same(tmp_path):
