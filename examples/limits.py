@@ -27,11 +27,11 @@ from jsonargparse import auto_cli
 from measure import RESULTS, circumstances, name_of, write
 from race import in_common, say
 from step import Contender, Setting, build, make_batch, make_room, now, prepare
+from tables import limits_table
 from torch import nn
 
 from lightning_sage import SagePolicy
 from lightning_sage.memory import MIB
-from lightning_sage.report import limits_table
 
 # tokens of a sequence while batches grow, and by how many a context is lengthened at least
 BATCH_LENGTH, CONTEXT_UNIT = 2048, 256

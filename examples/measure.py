@@ -37,9 +37,9 @@ import torch
 from jsonargparse import auto_cli
 from race import race
 from step import Contender, Setting
+from tables import table
 
 from lightning_sage import AllTokens, SagePolicy
-from lightning_sage.report import table
 
 RESULTS = Path(__file__).parent / "results"
 # settings of CUDA's allocator; the second is the older name of the first

@@ -25,8 +25,8 @@ from rich.progress import track
 from lightning_sage import SageCallback, SagePolicy
 from lightning_sage.cli import SageCLI
 from lightning_sage.corpus import StdlibFunctions
-from lightning_sage.history import NAME, read
 from lightning_sage.models import CausalLM, LoRA, Optimization
+from lightning_sage.watch.history import NAME, read
 
 STEPS, SETTLED, EVERY = 150, 50, 5
 # what is started from, and the cosine to be held

@@ -14,15 +14,15 @@ from rich.console import Console
 
 from lightning_sage.balance import Agreement
 from lightning_sage.install import Installation, install
-from lightning_sage.meters import Meters
-from lightning_sage.monitor import Step
 from lightning_sage.policy import SagePolicy
 from lightning_sage.resume import gathered, place, random_states, restore_random_states
 from lightning_sage.selections import AllTokens
 from lightning_sage.summary import summary_table
 from lightning_sage.support import check_trainer, refuse_other_package
 from lightning_sage.tokens import Window
-from lightning_sage.watch import Watch, Watching, is_quiet
+from lightning_sage.watch.meters import Meters
+from lightning_sage.watch.monitor import Step
+from lightning_sage.watch.watch import Watch, Watching, is_quiet
 
 
 class SageCallback(Callback):
@@ -234,7 +234,6 @@ class SageCallback(Callback):
             self._mode_checked = True
             _warn_of_eval_mode(self.installation)
         self._watch.before_step(Step(trainer, pl_module, self.installation, batch, batch_idx))
-        # in case the model is not shown labels and padding
         self.installation.observe(batch if isinstance(batch, Mapping) else None)
         self._in_batch = True
 

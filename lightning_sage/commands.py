@@ -7,9 +7,9 @@ from importlib import import_module
 
 # modules with a main(argv); imported when called for, as each needs other packages
 COMMANDS = {
-    "compare": "lightning_sage.compare",
+    "compare": "lightning_sage.compare.command",
     "estimate": "lightning_sage.estimate",
-    "report": "lightning_sage.report",
+    "report": "lightning_sage.report.command",
 }
 
 

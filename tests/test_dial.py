@@ -13,7 +13,7 @@ from lightning_sage import (
     SagePolicy,
     TopFraction,
 )
-from lightning_sage.dial import Dial, FidelityControl
+from lightning_sage.watch.dial import Dial, FidelityControl
 
 
 def settings(policy):

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from lightning_sage import SagePolicy
-from lightning_sage.report import table
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 METHODS = {
@@ -177,7 +176,7 @@ def test_memory_that_does_not_suffice_is_said(measure, race, step, monkeypatch, 
     records = [measure.make_record(contender) for contender in race.race(settings)]
     assert "dense: out of memory" in capsys.readouterr().err
     assert [record.get("error") for record in records] == ["out of memory", None]
-    assert "| out of memory |" in table(records)
+    assert "| out of memory |" in measure.table(records)
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -18,9 +18,9 @@ from lightning_sage import (
     TopFraction,
     TopMass,
 )
-from lightning_sage.history import NAME, read
-from lightning_sage.memory_budget import MARGIN, MemoryBudget, Rung, Use, ladder, limited
-from lightning_sage.retry import StepRetry
+from lightning_sage.watch.history import NAME, read
+from lightning_sage.watch.memory_budget import MARGIN, MemoryBudget, Rung, Use, ladder, limited
+from lightning_sage.watch.retry import StepRetry
 from processes import ranks
 from tasks import LIGHTNING_WARNINGS, Task, Witness, batches, fit, llama, traces
 from zoo import build

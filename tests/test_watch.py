@@ -13,9 +13,9 @@ from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from lightning_sage import AllTokens, SageCallback, SagePolicy, install
 from lightning_sage.corpus import StdlibFunctions
-from lightning_sage.history import NAME, read
 from lightning_sage.memory import saved_bytes
-from lightning_sage.reporter import texts
+from lightning_sage.watch.history import NAME, read
+from lightning_sage.watch.reporter import texts
 from processes import ranks
 from tasks import HALF, LIGHTNING_WARNINGS, LLAMA, Task, Witness, batches, fit, llama
 

@@ -18,15 +18,15 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_sage.dial import Dial, FidelityControl, setting
 from lightning_sage.install import Installation
 from lightning_sage.memory import tensors_in
 from lightning_sage.metrics import GradientFidelity
 from lightning_sage.policy import SagePolicy
-from lightning_sage.probe import Gradients, block_gradients, undisturbed
 from lightning_sage.records import BlockRecord
 from lightning_sage.sampling import ImportanceSampling
 from lightning_sage.support import is_tested
+from lightning_sage.watch.dial import Dial, FidelityControl, setting
+from lightning_sage.watch.probe import Gradients, block_gradients, undisturbed
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Step:
     def gradients(
         self, policy: SagePolicy | None = None, dense: bool = False
     ) -> tuple[Gradients, list[BlockRecord]]:
-        """See :func:`lightning_sage.probe.block_gradients`; nothing shows afterwards."""
+        """See :func:`lightning_sage.watch.probe.block_gradients`; nothing shows afterwards."""
         observed = self.batch if isinstance(self.batch, Mapping) else None
         self.installation.observe(observed)
         with undisturbed(self.module, self.module.device), _unlogged(self.module):

@@ -10,13 +10,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_sage.dial import Dial, FidelityControl
 from lightning_sage.install import Installation
-from lightning_sage.memory_budget import MemoryBudget, Use
-from lightning_sage.monitor import FidelityMonitor, Reading, Step
 from lightning_sage.policy import SagePolicy
 from lightning_sage.records import BlockRecord
-from lightning_sage.retry import StepRetry
+from lightning_sage.watch.dial import Dial, FidelityControl
+from lightning_sage.watch.memory_budget import MemoryBudget, Use
+from lightning_sage.watch.monitor import FidelityMonitor, Reading, Step
+from lightning_sage.watch.retry import StepRetry
 
 # steps after which the most that any of them took is compared with the budget
 _STEPS_BETWEEN = 10

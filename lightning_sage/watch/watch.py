@@ -13,11 +13,11 @@ from torch import Tensor
 
 from lightning_sage.install import Installation
 from lightning_sage.memory import MIB
-from lightning_sage.meters import Meters
-from lightning_sage.monitor import Step
 from lightning_sage.policy import SagePolicy
-from lightning_sage.reporter import Reporter
-from lightning_sage.steering import Steering
+from lightning_sage.watch.meters import Meters
+from lightning_sage.watch.monitor import Step
+from lightning_sage.watch.reporter import Reporter
+from lightning_sage.watch.steering import Steering
 
 
 @dataclass(frozen=True)

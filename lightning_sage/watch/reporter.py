@@ -11,13 +11,13 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_sage.dial import setting
-from lightning_sage.history import NAME, VERSION, History
 from lightning_sage.install import Installation
-from lightning_sage.meters import Meters
-from lightning_sage.monitor import Reading
 from lightning_sage.policy import SagePolicy
 from lightning_sage.records import BlockRecord
+from lightning_sage.watch.dial import setting
+from lightning_sage.watch.history import NAME, VERSION, History
+from lightning_sage.watch.meters import Meters
+from lightning_sage.watch.monitor import Reading
 
 # what is worth a look while it trains
 _ON_PROGRESS_BAR = ("sage/kept_fraction", "sage/cached_mib")

@@ -1,0 +1,1 @@
+"""`lightning-sage compare`: one configuration by several methods, side by side."""

@@ -1,0 +1,1 @@
+"""`lightning-sage report`: a fit's history as one HTML page."""

@@ -1,0 +1,1 @@
+"""What follows a fit: meters, loggers, history, looks at the gradient, memory budget."""
