@@ -8,7 +8,7 @@ from importlib import import_module
 # modules with a main(argv); imported when called for, as each needs other packages
 COMMANDS = {
     "compare": "lightning_sage.compare.command",
-    "estimate": "lightning_sage.estimate",
+    "estimate": "lightning_sage.estimate.command",
     "report": "lightning_sage.report.command",
 }
 

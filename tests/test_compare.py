@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from lightning_sage import SageCallback, SagePolicy, compare
+from lightning_sage import SageCallback, SagePolicy
+from lightning_sage.compare import command
 from lightning_sage.compare.callbacks import ContestMeter, Turns, spread, warm_up
 from lightning_sage.compare.checkpointing import switch_off, switch_on
 from lightning_sage.compare.command import METHODS, Options, main, parse
@@ -251,12 +252,12 @@ tell("result", record={"status": "ok"})
 
 
 def stub(monkeypatch, script=""):
-    monkeypatch.setattr(compare, "_COMMAND", (sys.executable, "-c", STUB + script + RUN))
+    monkeypatch.setattr(command, "_COMMAND", (sys.executable, "-c", STUB + script + RUN))
 
 
 def run(tmp_path, *methods, steps=3, tell=lambda child: None):
     options = Options([], steps, list(methods), True, tmp_path)
-    comparison = compare.Comparison(options, tell)
+    comparison = command.Comparison(options, tell)
     comparison.run()
     return comparison.records
 
@@ -323,7 +324,7 @@ def test_a_terminated_comparison_ends_its_processes(tmp_path, monkeypatch):
 
 def test_a_child_whose_parent_is_gone_ends(tmp_path, monkeypatch):
     stub(monkeypatch)
-    child = Child(Task([], "dense", 3, 1, str(tmp_path / "x")), compare._COMMAND, tmp_path / "log")
+    child = Child(Task([], "dense", 3, 1, str(tmp_path / "x")), command._COMMAND, tmp_path / "log")
     assert child.advance()
     child._process.stdin.close()
     assert not child.advance()
@@ -345,7 +346,7 @@ def test_exit_status_says_whether_all_failed(tmp_path, monkeypatch, capsys):
 def test_yours_runs_where_it_is_no_preset_or_is_asked_for(tmp_path, monkeypatch):
     stub(monkeypatch)
     options = Options([], 2, ["dense", "yours"], False, tmp_path)
-    comparison = compare.Comparison(options, lambda child: None)
+    comparison = command.Comparison(options, lambda child: None)
     comparison.run()
     assert [r["name"] for r in comparison.records] == ["dense"]
 

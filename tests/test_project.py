@@ -128,23 +128,28 @@ MAY_IMPORT = {
     "cli": {
         "lightning", "filelock", "jsonargparse", "rich", "corpus", "models", "saving", "selections",
     },
-    "fakes": {"torch"},
-    "ledger": {"torch"},
-    "rehearsal": {
-        "torch", "arguments", "cache", "fakes", "intercept", "job", "ledger", "masks", "ops",
-        "packing", "policy", "replay", "selections", "session",
+    "estimate/fakes": {"torch"},
+    "estimate/ledger": {"torch"},
+    "estimate/rehearsal": {
+        "torch", "arguments", "cache", "intercept", "job", "masks", "ops", "packing", "policy",
+        "replay", "selections", "session", "estimate/fakes", "estimate/ledger",
     },
-    "footprint": {
-        "torch", "arguments", "fakes", "install", "job", "ledger", "policy", "rehearsal", "session",
+    "estimate/footprint": {
+        "torch", "arguments", "install", "job", "policy", "session", "estimate/fakes",
+        "estimate/ledger", "estimate/rehearsal",
     },
-    "rehearsed_model": {"torch", "lightning", "transformers", "fakes", "models", "wrapped"},
-    "largest": set(),
-    "estimate": {
-        "torch", "arguments", "fakes", "footprint", "largest", "memory_size", "policy", "presets",
-        "rehearsed_model", "selections",
+    "estimate/rehearsed_model": {
+        "torch", "lightning", "transformers", "models", "wrapped", "estimate/fakes",
     },
-    "estimate_cli": {
-        "torch", "lightning", "rich", "callback", "cli", "estimate", "policy", "strategies",
+    "estimate/largest": set(),
+    "estimate/prediction": {
+        "torch", "arguments", "memory_size", "policy", "presets", "selections", "estimate/fakes",
+        "estimate/footprint", "estimate/largest", "estimate/rehearsed_model",
+    },
+    "estimate/__init__": {"estimate/prediction"},
+    "estimate/command": {
+        "torch", "lightning", "rich", "callback", "cli", "policy", "strategies",
+        "estimate/prediction",
     },
     "compare/__init__": set(),
     "compare/turns": set(),

@@ -1,0 +1,164 @@
+"""What SAGE would hold of a call of a block, found by its own parts on fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_sage.arguments import Arguments
+from lightning_sage.cache import SparseCache
+from lightning_sage.estimate.fakes import Known
+from lightning_sage.estimate.ledger import Ledger
+from lightning_sage.intercept import AttentionCall, Tap
+from lightning_sage.job import Surroundings
+from lightning_sage.masks import visibility
+from lightning_sage.ops import Rows, Visibility, wide
+from lightning_sage.packing import store
+from lightning_sage.policy import SagePolicy
+from lightning_sage.replay import Recorder, Replayer, Seed, Seen, keep_attention
+from lightning_sage.selections import share
+from lightning_sage.session import Session
+
+
+class _Watcher(Recorder):
+    """A dense forward of which the shapes are wanted alone."""
+
+    def attention(self, call: AttentionCall) -> Tensor:
+        """Nothing, of the right shape."""
+        visible = self.see(call.mask, call.causal)
+        out = call.q.new_empty(*call.q.shape[:3], call.v.shape[3])
+        lse = call.q.new_empty(call.q.shape[:3], dtype=wide(call.q.dtype))
+        self.seen.append(Seen(call, out, lse, visible, self.key_rows(visible)))
+        return out
+
+    def dropout(self, x: Tensor, p: float) -> Tensor:
+        """Nothing, of the right shape."""
+        return torch.empty_like(x)
+
+
+class _Replay(Replayer):
+    def dropout(self, x: Tensor, p: float) -> Tensor:
+        """Its mask is drawn again."""
+        return x
+
+
+class Rehearsal:
+    """One forward pass, seen block by block.
+
+    Args:
+        session: Hears of labels and padding.
+        known: Knows their values, and those of masks.
+        there: Tensors that are there anyway.
+        kept: Share of each sample's tokens that is kept; None asks the policy.
+
+    Attributes:
+        counts: By policy and causality, rows kept, and whether they were drawn.
+        tokens: Of the batch.
+    """
+
+    def __init__(
+        self, session: Session, known: Known, there: list[Tensor], kept: float | None
+    ) -> None:
+        self.session, self.known, self.kept = session, known, kept
+        self._there = there
+        self.counts: dict[tuple[str, bool], tuple[int, bool]] = {}
+        self.tokens = 1
+        self._sights: dict[int, tuple[Tensor, Visibility]] = {}
+
+    def seen(
+        self, forward: Callable[..., Any], arguments: Arguments, surroundings: Surroundings
+    ) -> list[Seen]:
+        """Attention calls of a dense forward."""
+        hidden = arguments.leaves[arguments.hidden]
+        facts = self.session.facts(hidden)
+
+        def see(mask: Tensor | None, causal: bool) -> Visibility:
+            if mask is None:
+                return visibility(None, causal, facts.valid)
+            key = mask.untyped_storage()._cdata
+            if key not in self._sights:
+                self._sights[key] = mask, self._look(mask, causal, facts.valid)
+            return self._sights[key][1]
+
+        watcher = _Watcher(Seed(0), facts.every, see, facts.key_rows)
+        args, kwargs = arguments.call()
+        with torch.no_grad(), surroundings.restored(), Tap(watcher):
+            forward(*args, **kwargs)
+        return watcher.seen
+
+    def _look(self, mask: Tensor, causal: bool, valid: Tensor) -> Visibility:
+        if self.known.value(mask) is not None or mask.shape[1] > 1:
+            return visibility(mask, causal, valid)
+        # too large to be looked at: such masks are sliding windows, intervals of keys
+        first, stop = torch.zeros(2, *valid.shape, dtype=torch.int64)
+        return Visibility(True, first, stop)
+
+    def cache(
+        self, name: str, policy: SagePolicy, seen: list[Seen], arguments: Arguments
+    ) -> SparseCache:
+        """What the block would hold, as :mod:`lightning_sage.block` makes it."""
+        hidden = arguments.leaves[arguments.hidden]
+        B, T, _ = hidden.shape
+        count, drawn = self._count(name, policy, seen, hidden)
+        rows = Rows(torch.empty(count, dtype=torch.int64), B, T)
+        full = policy.attention == "full"
+        kept = [keep_attention(one, rows, full, policy.cache_dtype) for one in seen]
+        cache = SparseCache(rows.index, store(hidden, rows, policy.cache_dtype), kept)
+        replayer = policy.replayer
+        if seen and replayer is not None and replayer.saliency_in_replay:
+            cache.saliency = torch.empty(count, dtype=torch.float64)
+        if drawn:
+            cache.probability = torch.empty(count, dtype=torch.float64)
+        return cache
+
+    def _count(
+        self, name: str, policy: SagePolicy, seen: list[Seen], hidden: Tensor
+    ) -> tuple[int, bool]:
+        """How many rows are kept, and whether they were drawn."""
+        causal = any(one.visible.causal for one in seen)
+        if (name, causal) not in self.counts:
+            facts = self.session.facts(hidden)
+            valid, self.tokens = facts.valid, facts.valid.numel()
+            _, loss_rows = self.session.loss_rows(valid, causal)
+            priority = policy.priority(valid, loss_rows)
+            alike = valid.double() / valid.sum(-1, keepdim=True)
+            chosen = policy.keeper.keep(alike, valid, priority, torch.zeros_like(alike))
+            count = int(chosen.rows.sum())
+            if self.kept is not None:
+                count = valid.shape[0] * share(self.kept, valid.shape[1])
+            self.counts[name, causal] = count, chosen.probability is not None
+        return self.counts[name, causal]
+
+    def replayed(
+        self,
+        forward: Callable[..., Any],
+        arguments: Arguments,
+        cache: SparseCache,
+        policy: SagePolicy,
+    ) -> int:
+        """Bytes that the replay of the rows saves besides the cache."""
+        hidden = arguments.leaves[arguments.hidden]
+        B, T, C = hidden.shape
+        count, wanted = len(cache.index), None
+        if policy.replayer is not None:
+            wanted = policy.replayer.replay_count(count, B * T)
+        picked = None
+        if wanted is not None and wanted < count:
+            picked = torch.empty(wanted, dtype=torch.int64)
+        rows = Rows(cache.index if picked is None else picked, B, T)
+        ledger = Ledger(self._there)
+        ledger.exclude(x for x in cache.taken_apart()[0] if x is not None)
+        saved: set[int] = set()
+        with torch.enable_grad(), ledger.saves(lambda: saved):
+            start = cache.hidden.some(picked, (C,), hidden.dtype).detach().requires_grad_()
+            replaced: dict[int, Any] = {
+                i: arguments.packed(i, arguments.leaves[i], rows) for i in arguments.shared()
+            }
+            replaced[arguments.hidden] = start.unsqueeze(0)
+            args, kwargs = arguments.call(replaced)
+            with Tap(_Replay(Seed(0), rows, cache.attention, picked)):
+                forward(*args, **kwargs)
+        return ledger.total(saved)
