@@ -219,6 +219,7 @@ def test_a_low_cosine_is_warned_of_once_with_the_knob_to_turn():
     [text] = warned(SagePolicy(keep=0.3, sinks=0), fidelity_floor=0.99)
     assert "at step 0, below fidelity_floor=0.99" in text
     assert "raise keep, now TopFraction(fraction=0.3)" in text
+    assert "say to TopFraction(fraction=0.54)" in text
     [text] = warned(SagePolicy(keep=AllTokens(), replay=ImportanceSampling(0.2)), fidelity_floor=1)
     assert "raise replay, now ImportanceSampling(fraction=0.2" in text
     assert "noise and no bias" in text

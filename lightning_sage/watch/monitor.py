@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import warnings
@@ -261,7 +262,9 @@ def advice(policy: SagePolicy, records: list[BlockRecord]) -> str:
     if setting(selection) is None:
         text = "attention='full' and fewer bits saved (cache_dtype) are what is left to try"
     else:
-        more = getattr(Dial(policy).at(1.0), name)
+        more = copy.copy(getattr(Dial(policy).at(1.0), name))
+        moved = setting(more) or ""
+        setattr(more, moved, round(getattr(more, moved), 2))
         text = f"raise {name}, now {selection!r} ({share:.0%} of the tokens), say to {more!r}"
     if isinstance(policy.replayer, ImportanceSampling) and name == "replay":
         text += "; it is noise and no bias, as rows are drawn and reweighted"
