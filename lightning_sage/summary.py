@@ -16,8 +16,9 @@ def summary_table(summary: Mapping[str, float]) -> Table:
     if "fidelity_cosine" in summary:
         table.add_row("gradient's cosine with the dense one", f"{summary['fidelity_cosine']:.3f}")
     table.add_row("cached a step", _mib(summary["cached_mib"]))
-    if "ratio" in summary:
+    if "dense_mib" in summary:
         table.add_row("a dense step saves (first batch)", _mib(summary["dense_mib"]))
+    if "ratio" in summary:
         table.add_row("cached / dense (first batch)", f"{summary['ratio']:.3f}")
     if "saved_mib" in summary:
         table.add_row("saved for backward, with head and loss", _mib(summary["saved_mib"]))

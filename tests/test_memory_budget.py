@@ -210,6 +210,17 @@ def test_a_fit_on_a_cpu_caches_what_it_may(kib, attention, tmp_path):
     assert held[0] > 0.4 * limit or "100% kept" in event
 
 
+def test_the_gradient_is_looked_at_when_the_budget_has_settled(tmp_path):
+    callback = SageCallback(memory_budget="1GiB", fidelity_every_n_steps=3, print_summary=False)
+    logger = CSVLogger(tmp_path, name="", version="")
+    fit(Task(llama()), callback, data=batches(8), logger=logger, log_every_n_steps=2)
+    [run] = read(tmp_path / NAME)
+    # the looks of steps 0 and 3 wait for the four trials
+    assert [look["step"] for look in run.fidelity] == [4, 6]
+    assert "ratio" not in callback.summary
+    assert callback.summary["dense_mib"] > 0
+
+
 def test_a_policy_of_none_starts_from_every_token():
     assert SageCallback(memory_budget="1GiB").policy == SagePolicy(keep=AllTokens())
     assert SageCallback().policy == SagePolicy()

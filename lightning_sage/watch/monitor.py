@@ -137,13 +137,19 @@ class FidelityMonitor:
         self.every, self.floor, self.control = every, floor, control
         self.working, self._low, self._at_its_end = True, False, False
         self._samples: int | None = None
-        self._seen_at = -1
+        self._due, self._due_at = False, -1
 
-    def is_due(self, step: int) -> bool:
-        """Whether the batch of this optimizer step is to be looked at; true once a step."""
-        due = step % self.every == 0 and step != self._seen_at
-        if due:
-            self._seen_at = step
+    def is_due(self, step: int, ready: bool = True) -> bool:
+        """Whether the batches of this optimizer step are to be looked at; true once a step.
+
+        Args:
+            step: Its number.
+            ready: Whether it is a step like others; if not, a later one is looked at.
+        """
+        if step % self.every == 0 and step != self._due_at:
+            self._due_at, self._due = step, True
+        due = self._due and ready
+        self._due = self._due and not ready
         return due
 
     def look(self, step: Step) -> Reading | None:

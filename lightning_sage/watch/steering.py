@@ -96,7 +96,9 @@ class Steering:
 
     def before_step(self, step: Step) -> Reading | None:
         """Look at the gradient, where that is due; every rank has to ask."""
-        if self.monitor is None or not self.monitor.is_due(step.trainer.global_step):
+        # while a budget tries short steps, their gradient says nothing of those to come
+        ready = self.budget is None or not self.budget.trying
+        if self.monitor is None or not self.monitor.is_due(step.trainer.global_step, ready):
             return None
         reading = self.monitor.look(step)
         step.installation.policy = self.policy

@@ -158,7 +158,9 @@ class Watch:
         self.summary = readings.to_log()
         if dense := installation.dense_saved_bytes:
             self.summary["dense_mib"] = dense / MIB
-            self.summary["ratio"] = self._first_cached_bytes / dense
+            # with a budget the first step was a trial
+            if self.steering.budget is None:
+                self.summary["ratio"] = self._first_cached_bytes / dense
         if self._cosines:
             self.summary["fidelity_cosine"] = fmean(self._cosines)
         self.summary["seconds"] = readings.seconds
