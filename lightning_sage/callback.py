@@ -41,7 +41,7 @@ class SageCallback(Callback):
         fidelity_every_n_steps: Optimizer steps between two looks at the gradient: the batch is run
             twice more, densely and sparsely, and `sage/fidelity_cosine` (overall and by block) and
             `sage/fidelity_norm_ratio` are logged. 0 never looks.
-        fidelity_floor: A cosine below it is warned of.
+        fidelity_floor: A cosine below it is warned of, where no target is held.
         fidelity_target: A cosine to hold, by moving the fractions or masses of `keep` and `replay`.
         memory_budget: A size (`20GiB`), or a share of the device's memory (0.9), that a step has
             to fit in; on a CPU, of the bytes that SAGE caches. The first four steps find the best

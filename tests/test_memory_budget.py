@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from torchmetrics import MeanMetric
 
 from lightning_sage import (
     AllTokens,
@@ -140,10 +141,52 @@ def test_it_can_be_lowered_down_to_the_last_rung_and_no_further():
 def test_memory_runs_out_while_it_still_tries():
     budget = MemoryBudget("1GiB", EVERYTHING)
     budget.start(CUDA, 0)
+    before = budget.rung
     assert budget.lower() is not None
     assert not budget.trying
-    assert budget.rung == budget.rungs[-1]
-    assert budget.lower() is None
+    # by a step, and not to the end at once
+    assert budget.rung != budget.rungs[-1]
+    assert budget.rung.keep <= before.keep
+    while budget.lower():
+        pass
+    assert budget.rung.keep == budget.rungs[-1].keep
+
+
+def test_a_resumed_budget_goes_on_from_its_rung_and_knows_its_costs():
+    machine = Machine(base=2**24, row=20_000, replay=3_000)
+    budget, _ = machine.settle(2**27)
+    again = MemoryBudget(2**27, EVERYTHING)
+    again.start(CUDA, 0)
+    again.resume(budget.state())
+    assert not again.trying
+    assert again.rung == budget.rung
+    over = machine.use(budget.rung)._replace(bytes=int(2**27 * 1.2))
+    assert again.note(over) == budget.note(over)
+    assert again.rung == budget.rung
+
+
+def test_trials_are_whole_steps_of_the_optimizer():
+    tried = []
+
+    def look(trainer, task):
+        tried.append(callback._watch.steering.budget.trying)
+
+    callback = SageCallback(memory_budget="1GiB", print_summary=False)
+    fit(Task(llama()), callback, Witness(look), data=batches(16), accumulate_grad_batches=3)
+    # four steps of three batches; a callback looks before ours has
+    assert tried.index(False) in (11, 12)
+
+
+@pytest.mark.parametrize("budget", [0.9, "0.9", "90%", " 90 %"])
+def test_shares_in_any_writing(budget):
+    assert MemoryBudget(budget, EVERYTHING).share == pytest.approx(0.9)
+
+
+def test_the_summary_is_of_the_steps_after_the_trials():
+    callback = SageCallback(EVERYTHING, memory_budget="1GiB", print_summary=False)
+    fit(Task(llama()), callback, data=batches(9))
+    assert callback.summary["kept_fraction"] == 1
+    assert callback.summary["replayed_fraction"] == 1
 
 
 @pytest.mark.parametrize("budget", ["much", "20 parsecs", -3, 0.0, True])
@@ -232,6 +275,7 @@ class Short(Task):
     def __init__(self, model, calls, where):
         super().__init__(model)
         self.calls, self.where, self.count, self.batches = set(calls), where, 0, []
+        self.norm, self.mean = torch.nn.BatchNorm1d(1, affine=False), MeanMetric()
 
     def fail(self, *_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
@@ -241,6 +285,8 @@ class Short(Task):
         self.batches.append(batch_idx)
         random.random()
         bad = self.count in self.calls
+        self.norm(batch["input_ids"].double().mean(1, keepdim=True).float())
+        self.mean.update(float(batch_idx))
         if bad and self.where == "forward":
             self.fail()
         embedded = self.model.get_input_embeddings()(batch["input_ids"])
@@ -286,6 +332,9 @@ def test_a_step_taken_again_loses_nothing(where, accumulate):
     assert again.count == 9
     assert again.batches == [0, 1, 1, 1, 2, 3, 4, 4, 5]
     assert drawn == drawn_again
+    assert again.norm.num_batches_tracked == 6
+    assert again.mean._update_count == 6
+    assert plain.mean.compute() == again.mean.compute() == 2.5
     for name, value in plain.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
 
@@ -328,8 +377,8 @@ def test_a_step_that_can_keep_no_less_ends_the_fit():
     task = Short(llama(), range(1, 99), "forward")
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
         fit(task, SageCallback(memory_budget="1GiB"))
-    # at the first step nothing is known: the least is tried once
-    assert task.count == 2
+    # less and less, until there is nothing below
+    assert 2 < task.count < 20
 
 
 def test_without_a_budget_a_failure_is_a_failure():

@@ -163,10 +163,57 @@ def test_a_batch_that_does_not_fit_is_looked_at_in_part(tmp_path):
 
 def test_a_sample_that_does_not_fit_ends_the_looking_and_not_the_training(tmp_path):
     task, logger = OutOfMemory(0), CSVLogger(tmp_path, name="", version="")
-    with pytest.warns(UserWarning, match="not measured any more.*single sample does not fit"):
+    with pytest.warns(UserWarning, match="not measured any more.*no part of the batch fits"):
         fit(task, monitored(), data=batches(3), logger=logger)
     assert task.seen == [3, 1, 3, 3, 3]
     assert not looks(tmp_path)
+
+
+@pytest.mark.parametrize("target", [None, 0.9])
+def test_memory_that_runs_out_in_the_sparse_pass_does_not_end_the_training(target):
+    class Late(Task):
+        passes = 0
+
+        def training_step(self, batch, batch_idx):
+            self.passes += "log" in vars(self)
+            # the dense pass fits, and so does the sparse one where a search is to fail
+            if "log" in vars(self) and self.passes > (1 if target is None else 2):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().training_step(batch, batch_idx)
+
+    callback = monitored(fidelity_target=target)
+    with pytest.warns(UserWarning, match="not measured any more"):
+        trainer = fit(Late(llama()), callback, data=batches(3))
+    assert trainer.global_step == 3
+
+
+class Masks(Task):
+    """Changes its batch, in place and by name."""
+
+    def training_step(self, batch, batch_idx):
+        hidden = torch.rand(batch["input_ids"].shape) < 0.2
+        batch["input_ids"][hidden] = 3
+        labels = batch.pop("labels")
+        return self.model(**batch, labels=labels).loss
+
+
+def test_a_step_that_changes_its_batch_gets_it_as_it_came():
+    found = []
+    for every in (0, 1):
+        torch.manual_seed(0)
+        task = Masks(llama())
+        fit(task, monitored(every=every), data=batches(3))
+        found.append(task.state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_frozen_blocks_have_no_cosine(tmp_path):
+    task = Task(llama())
+    task.model.model.layers[0].requires_grad_(False)
+    logger = CSVLogger(tmp_path, name="", version="")
+    fit(task, monitored(check_gradients=False), data=batches(1), logger=logger)
+    [look] = looks(tmp_path)
+    assert list(look["blocks"]) == ["model.model.layers.1"]
 
 
 def test_a_step_that_cannot_be_run_twice_ends_the_looking_and_not_the_training():

@@ -79,15 +79,15 @@ MAY_IMPORT = {
     "summary": {"rich"},
     "watch/__init__": set(),
     "watch/probe": {
-        "torch", "torchmetrics", "install", "policy", "records", "resume", "selections",
-        "selfcheck", "session", "wrapped",
+        "torch", "torchmetrics", "install", "policy", "records", "resume", "selections", "session",
+        "wrapped",
     },
     "watch/dial": {"policy", "selections"},
     "watch/memory_budget": {"torch", "memory_size", "policy", "sampling", "selections"},
-    "watch/retry": {"torch", "lightning", "resume"},
+    "watch/retry": {"torch", "lightning", "resume", "watch/probe"},
     "watch/monitor": {
         "torch", "lightning", "lightning_utilities", "install", "memory", "metrics", "policy",
-        "records", "sampling", "support", "watch/dial", "watch/probe",
+        "records", "sampling", "support", "watch/dial", "watch/memory_budget", "watch/probe",
     },
     "watch/steering": {
         "torch", "lightning", "install", "policy", "records", "watch/dial", "watch/memory_budget",

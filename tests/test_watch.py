@@ -18,6 +18,7 @@ from lightning_sage.watch.history import NAME, read
 from lightning_sage.watch.reporter import texts
 from processes import ranks
 from tasks import HALF, LIGHTNING_WARNINGS, LLAMA, Task, Witness, batches, fit, llama
+from zoo import build
 
 pytestmark = LIGHTNING_WARNINGS
 
@@ -59,6 +60,7 @@ def test_trial_runs_write_nothing(tmp_path, settings, monkeypatch):
         warnings.filterwarnings("ignore", message=".*barebones=True")
         fit(Task(llama()), callback, **settings, **extra)
     assert callback.meters is None
+    assert callback._watch.steering.monitor._due_at == -1
     assert not list(tmp_path.rglob(NAME))
 
 
@@ -115,6 +117,16 @@ def test_the_history_holds_what_the_records_held(tmp_path):
     assert run.summary["kept_fraction"] == pytest.approx(1.0)
 
 
+def test_adapters_are_not_the_model_and_trials_not_the_policy(tmp_path):
+    task = Task(build("llama", lora=True, dtype=torch.float32))
+    callback = SageCallback(SagePolicy(keep=0.9), memory_budget="1GiB")
+    fit(task, callback, logger=csv_logger(tmp_path), log_every_n_steps=2)
+    [run] = read(tmp_path / NAME)
+    assert run.start["model"] == "LlamaForCausalLM"
+    assert run.start["policy"]["keep"] == 0.9
+    assert run.start["memory_budget"] == "1GiB"
+
+
 def test_saved_bytes_are_those_of_the_first_steps(tmp_path):
     data, task = batches(5), Task(llama())
     callback = SageCallback(SagePolicy(keep=AllTokens(), replay=0.3))
@@ -139,6 +151,20 @@ def test_the_hook_that_counts_is_gone_after_an_exception():
     # there is none to take away
     with pytest.raises(RuntimeError, match=r"stack\.empty"):
         torch._C._autograd._pop_saved_tensors_default_hooks()
+
+
+def test_another_librarys_tokenizer_shows_numbers(tmp_path):
+    class Knows(Witness):
+        def on_train_start(self, trainer, pl_module):
+            trainer.datamodule = SimpleNamespace(tokenizer=object())
+
+        def on_train_end(self, trainer, pl_module):
+            trainer.datamodule = None
+
+    fit(Task(llama()), Knows(lambda *_: None), SageCallback(HALF), data=batches(1),
+        logger=csv_logger(tmp_path), log_every_n_steps=1)  # fmt: skip
+    [run] = read(tmp_path / NAME)
+    assert run.tokens[0]["text"][0].strip().isdigit()
 
 
 def test_tokens_are_told_as_text(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from itertools import product
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -80,12 +80,11 @@ def ladder(policy: SagePolicy) -> list[Rung]:
     The gradient gets worse most with the rows replayed, less with the rows kept to choose them
     from, and least with eight bits in place of all (examples/fidelity.py).
     """
-    dtypes: tuple[Literal["int8"] | None, ...] = (None, "int8")
-    if policy.cache_dtype is not None:
-        dtypes = (None,)
+    dtypes: list[Literal["int8"] | None] = [None]
+    if policy.cache_dtype is None:
+        dtypes.append("int8")
     most = _most(policy)
     rungs = [Rung(k, r, d) for k, r, d in product(SHARES, SHARES, dtypes) if r <= k]
-    # rungs that allow more replay than the policy wants are all the same
     rungs = [rung for rung in rungs if rung.replay == rung.keep or rung.replay < most]
     return sorted(rungs, key=lambda x: (-min(x.replay, most), -x.keep, x.cache_dtype is not None))
 
@@ -154,6 +153,10 @@ class Costs(NamedTuple):
         return bits * (self.always + self.row * kept)
 
 
+# where memory runs out before anything could be measured: by how the rungs compare, roughly
+_GUESSED = Costs(0.0, 0.0, 1.0, {"few": 0.3, None: 1.0}, 0.3)
+
+
 class MemoryBudget:
     """Finds the best rung whose step fits, keeps to it, and goes down where it does not suffice.
 
@@ -161,8 +164,8 @@ class MemoryBudget:
     the rest of the fit, and once lowered is not raised again.
 
     Args:
-        budget: A size (`20GiB`), or a share of the device's memory, above 0 and at most 1. On a
-            CPU it is about the bytes that SAGE caches.
+        budget: A size (`20GiB`), or a share of the device's memory, above 0 and at most 1 (0.9 or
+            `90%`). On a CPU it is about the bytes that SAGE caches.
         policy: What is to be limited.
 
     Raises:
@@ -182,7 +185,7 @@ class MemoryBudget:
     )
 
     def __init__(self, budget: str | float, policy: SagePolicy) -> None:
-        self.share = budget if isinstance(budget, float) and 0 < budget <= 1 else None
+        self.share = _share(budget)
         self.limit = parse_size(budget) if self.share is None else 0
         self._policy, self.rungs = policy, ladder(policy)
         for rung in self.rungs:
@@ -190,7 +193,7 @@ class MemoryBudget:
         self.rung, self.on_device = self._TRIALS[0], False
         self._uses: list[Use] = []
         self._costs: Costs | None = None
-        self._trying = True
+        self._trying, self._tokens = True, 1
 
     def start(self, device: torch.device, resident: int) -> None:
         """Begin a fit.
@@ -219,9 +222,15 @@ class MemoryBudget:
                 "weights (LoRA)"
             )
 
-    def resume(self, rung: tuple[float, float, Literal["int8"] | None]) -> None:
-        """Go on from a rung that was found before."""
-        self.rung, self._trying = Rung(*rung), False
+    def state(self) -> dict[str, Any]:
+        """The rung that was found, and what it was found by."""
+        costs = None if self._costs is None else tuple(self._costs)
+        return {"rung": tuple(self.rung), "costs": costs, "tokens": self._tokens}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` gave."""
+        self.rung, self._trying, self._tokens = Rung(*state["rung"]), False, state["tokens"]
+        self._costs = None if state["costs"] is None else Costs(*state["costs"])
 
     @property
     def trying(self) -> bool:
@@ -241,6 +250,7 @@ class MemoryBudget:
         if not self._trying:
             return self.lower(use.bytes / self.limit) if use.bytes > self.limit else None
         self._uses.append(use)
+        self._tokens = max(self._tokens, use.valid)
         if len(self._uses) < len(self._TRIALS):
             self.rung = self._TRIALS[len(self._uses)]
             return None
@@ -259,11 +269,8 @@ class MemoryBudget:
             What holds now, in words; None where there is nothing below.
         """
         self._trying = False
-        if self._costs is None:
-            below = [] if self.rung == self.rungs[-1] else self.rungs[-1:]
-        else:
-            most = self._above(self.rung) / by
-            below = [rung for rung in self.rungs if self._above(rung) <= most]
+        most = self._above(self.rung) / by
+        below = [rung for rung in self.rungs if self._above(rung) <= most]
         if not below:
             return None
         self.rung = below[0]
@@ -271,11 +278,21 @@ class MemoryBudget:
 
     def _above(self, rung: Rung) -> float:
         """Bytes above the base that a rung is expected to take, of the largest batch seen."""
-        assert self._costs is not None
-        tokens = max(use.valid for use in self._uses)
-        replayed = min(rung.replay, _most(self._policy)) * tokens
+        costs = self._costs or _GUESSED
+        replayed = min(rung.replay, _most(self._policy)) * self._tokens
         dtype = rung.cache_dtype if self._policy.cache_dtype is None else "few"
-        return self._costs.cached(rung.keep * tokens, dtype) + self._costs.replay * replayed
+        return costs.cached(rung.keep * self._tokens, dtype) + costs.replay * replayed
+
+
+def _share(budget: str | float) -> float | None:
+    """A share of a device's memory; None where it is something else."""
+    try:
+        percent = isinstance(budget, str) and budget.strip().endswith("%")
+        value = float(budget.strip().rstrip("%")) if isinstance(budget, str) else float(budget)
+    except ValueError:
+        return None
+    value = value / 100 if percent else value
+    return value if 0 < value <= 1 and not isinstance(budget, bool) else None
 
 
 def shown(size: float) -> str:

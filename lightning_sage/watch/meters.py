@@ -176,6 +176,14 @@ class Meters:
         if isinstance(loss, Tensor):
             self._loss = loss.detach() + (0.0 if self._loss is None else self._loss)
 
+    def restart(self) -> None:
+        """Forget all that has been counted, and count saved bytes anew."""
+        self.total.reset()
+        self._recent.reset()
+        self._all_seconds.clear()
+        self._seconds, self._loss, self.steps = [], None, 0
+        self._to_count = self._told = COUNTED_STEPS if self._count_saved else 0
+
     def discard(self) -> None:
         """Stop counting saved bytes, and forget the count; after an exception as well."""
         error = RuntimeError("not counted")

@@ -27,6 +27,7 @@ from lightning_sage.records import BlockRecord
 from lightning_sage.sampling import ImportanceSampling
 from lightning_sage.support import is_tested
 from lightning_sage.watch.dial import Dial, FidelityControl, setting
+from lightning_sage.watch.memory_budget import MemoryBudget
 from lightning_sage.watch.probe import Gradients, block_gradients, undisturbed
 
 
@@ -61,8 +62,10 @@ class Step:
         """What the module's `training_step` returns, in the trainer's precision."""
         precision, step = self.trainer.precision_plugin, self.module.training_step
         indexed = is_param_in_hook_signature(step, "batch_idx", min_args=2)
+        # a copy: the step itself gets the batch as it came, whatever is done to this one
+        batch = apply_to_collection(self.batch, Tensor, Tensor.clone)
         with precision.train_step_context():
-            out = step(self.batch, self.batch_idx) if indexed else step(self.batch)
+            out = step(batch, self.batch_idx) if indexed else step(batch)
         loss = out["loss"] if isinstance(out, Mapping) else out
         if not isinstance(loss, Tensor):
             raise ValueError("training_step returned no loss for this batch")
@@ -118,7 +121,8 @@ class FidelityMonitor:
 
     Gradients, optimizer, random generators, buffers and metrics of the module are as if nothing
     had happened, and what `training_step` logs meanwhile is dropped. Whatever else it does (its
-    own counters, hooks on modules) it does once more in each pass.
+    own counters and generators, hooks on modules) it does once more in each pass. What is kept is
+    what the policy chooses by itself, whatever ranks level by `balance`.
 
     A batch that does not fit is looked at in part, and a module that cannot be looked at is
     trained without, after one warning. (Sharded by FSDP2 ranks depend on one another, so only one
@@ -131,11 +135,13 @@ class FidelityMonitor:
 
     Attributes:
         working: Whether this rank still looks.
+        budget: What limits the policy, if anything.
     """
 
     def __init__(self, every: int, floor: float, control: FidelityControl | None = None) -> None:
         self.every, self.floor, self.control = every, floor, control
         self.working, self._low, self._at_its_end = True, False, False
+        self.budget: MemoryBudget | None = None
         self._samples: int | None = None
         self._due, self._due_at = False, -1
 
@@ -164,8 +170,7 @@ class FidelityMonitor:
         if self.working:
             with self._or_stop():
                 self._refuse(step)
-                step, dense = self._dense(step)
-                sparse, records = step.gradients()
+                step, dense, sparse, records = self._passes(step)
         values = _compared(step, sparse, dense)
         if not values:
             return None
@@ -174,8 +179,8 @@ class FidelityMonitor:
         self._warn(step, values["cosine"], records)
         return Reading(values, step.samples() if dense else 0)
 
-    def _dense(self, step: Step) -> tuple[Step, Gradients]:
-        """The dense gradient of as many samples as fit, and the step with these."""
+    def _passes(self, step: Step) -> tuple[Step, Gradients, Gradients, list[BlockRecord]]:
+        """The step with as many samples as fit, its dense and its sparse gradient, and records."""
         whole = step.samples()
         if isinstance(step.trainer.strategy, ModelParallelStrategy):
             self._samples = 1
@@ -183,7 +188,8 @@ class FidelityMonitor:
         while True:
             part = step.first(count)
             try:
-                return part, part.gradients(dense=True)[0]
+                dense, _ = part.gradients(dense=True)
+                return part, dense, *part.gradients()
             except torch.OutOfMemoryError:
                 if count == 1:
                     raise
@@ -210,7 +216,7 @@ class FidelityMonitor:
         except Exception as error:
             self.working = False
             small = isinstance(error, torch.OutOfMemoryError)
-            text = "a single sample does not fit in memory" if small else str(error)
+            text = "no part of the batch fits in memory" if small else str(error)
             warnings.warn(
                 f"gradient fidelity is not measured any more ({type(error).__name__}: {text}); "
                 "training goes on",
@@ -225,7 +231,8 @@ class FidelityMonitor:
             sparse = None
             if self.working and dense is not None:
                 with self._or_stop():
-                    sparse, _ = step.gradients(policy)
+                    allowed = policy if self.budget is None else self.budget.of(policy)
+                    sparse, _ = step.gradients(allowed)
             return _compared(step, sparse, dense).get("cosine")
 
         control.update(cosine, measure)
@@ -239,10 +246,15 @@ class FidelityMonitor:
     def _warn(self, step: Step, cosine: float, records: list[BlockRecord]) -> None:
         low = cosine < self.floor
         if low and not self._low and self.control is None:
+            binds = self.budget is not None and self.budget.rung != self.budget.rungs[0]
             rank_zero_warn(
                 f"the gradient's cosine with the dense one is {cosine:.3f} at step "
                 f"{step.trainer.global_step}, below fidelity_floor={self.floor}: "
-                f"{advice(step.installation.policy, records)}"
+                + (
+                    f"memory_budget allows {self.budget.rung}, so raise it"
+                    if binds and self.budget is not None
+                    else advice(step.installation.policy, records)
+                )
             )
         self._low = low
 
@@ -251,9 +263,13 @@ def _compared(step: Step, sparse: Gradients | None, dense: Gradients | None) -> 
     """Cosines and norm ratios over all ranks; empty where no rank has any that is finite."""
     metric = GradientFidelity(list(step.installation.blocks)).to(step.module.device)
     # a rank that could not look counts nothing, but has to ask with the others
-    metric.update(sparse or {}, dense or {})
+    if sparse is None or dense is None:
+        sparse = dense = {}
+    metric.update(sparse, dense)
     values = {name: float(value) for name, value in metric.compute().items()}
-    return values if math.isfinite(values["cosine"]) else {}
+    # a block without trainable parameters has none
+    values = {name: value for name, value in values.items() if math.isfinite(value)}
+    return values if "cosine" in values else {}
 
 
 def advice(policy: SagePolicy, records: list[BlockRecord]) -> str:

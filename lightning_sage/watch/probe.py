@@ -19,7 +19,6 @@ from lightning_sage.policy import SagePolicy
 from lightning_sage.records import BlockRecord
 from lightning_sage.resume import random_states, restore_random_states
 from lightning_sage.selections import AllTokens
-from lightning_sage.selfcheck import buffers_kept
 from lightning_sage.session import Probe
 from lightning_sage.wrapped import ATTRIBUTE, hooks_off
 
@@ -68,7 +67,7 @@ def block_gradients(
         by_id: dict[int, Tensor | None] = {
             id(p): gradient for p, gradient in zip(inputs, found, strict=True)
         }
-        gradients = {name: [by_id[id(p)] for p in own] for name, own in of_blocks.items()}
+        gradients = {n: [by_id[id(p)] for p in own] for n, own in of_blocks.items() if own}
         return gradients, installation.records
     finally:
         session.probe = None
@@ -83,22 +82,37 @@ def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
         module: What is called inside.
         device: Where it computes.
     """
-    states = random_states(device)
-    metrics = [(m, _state(m)) for m in module.modules() if isinstance(m, Metric)]
+    states, undo = random_states(device), undoing(module)
     try:
-        with buffers_kept(module):
-            yield
+        yield
     finally:
         restore_random_states(states, device)
+        undo()
+
+
+def undoing(module: nn.Module) -> Callable[[], None]:
+    """What brings a module's buffers and metrics back to what they are now; as often as called."""
+    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    names = [(part, dict(part._buffers)) for part in module.modules()]
+    metrics = [(m, _state(m)) for m in module.modules() if isinstance(m, Metric)]
+
+    def undo() -> None:
+        for buffer, value in values:
+            buffer.data.copy_(value)
+        for part, buffers in names:
+            part._buffers.update(buffers)
         for metric, state in metrics:
-            vars(metric).update(state)
+            vars(metric).update(_copied(state))
+
+    return undo
 
 
 def _state(metric: Metric) -> dict[str, object]:
     """What an update changes, copied: torchmetrics adds in place."""
-    counted = ("_update_count", "_computed", "_forward_cache")
-    state = {name: vars(metric).get(name) for name in counted}
-    for name in metric._defaults:
-        value = getattr(metric, name)
-        state[name] = value.clone() if isinstance(value, Tensor) else list(value)
-    return state
+    names = ("_update_count", "_computed", "_forward_cache", *metric._defaults)
+    return _copied({name: vars(metric).get(name) for name in names})
+
+
+def _copied(state: dict[str, object]) -> dict[str, object]:
+    copied = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+    return {k: list(v) if isinstance(v, list) else v for k, v in copied.items()}

@@ -52,12 +52,11 @@ class Reporter:
         here = folder is not None and trainer.is_global_zero
         self._history = History(Path(str(folder)) / NAME) if here else None
         self._next_tokens = 0
-        self._write("start", version=VERSION, **self._about(), **settings)
+        self._write("start", version=VERSION, **{**self._about(), **settings})
 
     def _about(self) -> dict[str, Any]:
         installation, parameters = self._installation, list(self._module.parameters())
         return {
-            "policy": plain(installation.policy),
             "blocks": list(installation.blocks),
             "world": self._trainer.world_size,
             "device": self._trainer.strategy.root_device.type,
@@ -102,9 +101,7 @@ class Reporter:
 
     def fidelity(self, reading: Reading) -> None:
         """Log what a look at the gradient has shown."""
-        values = {f"fidelity_{name}": value for name, value in reading.values.items()}
-        of_blocks = [name for name in values if name.startswith("fidelity_norm_ratio/")]
-        self.log({name: value for name, value in values.items() if name not in of_blocks})
+        self.log({f"fidelity_{name}": value for name, value in reading.values.items()})
         found = reading.values
         self._write(
             "fidelity",
@@ -159,10 +156,16 @@ class Reporter:
         labels = batch.get("labels")
         labelled = isinstance(labels, Tensor) and labels.shape == ids.shape
         tokenizer = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
+        shown = ids[0, :_MOST_TOKENS].tolist()
+        try:
+            text = texts(tokenizer, shown)
+        except Exception:
+            # of a library that we do not know
+            text = texts(None, shown)
         self._write(
             "tokens",
             step=step,
-            text=texts(tokenizer, ids[0, :_MOST_TOKENS].tolist()),
+            text=text,
             labels=_marks(labels != -100) if labelled else None,
             valid=_marks(records[0].valid),
             kept=[_marks(record.kept) for record in records],
@@ -214,6 +217,7 @@ def _setting(policy: SagePolicy) -> float | None:
 
 
 def _model_name(module: nn.Module) -> str:
-    """The first part that can be saved as a model of its own, else the module."""
-    found = (type(m).__name__ for m in module.modules() if hasattr(m, "save_pretrained"))
-    return next((name for name in found if not name.startswith("Peft")), type(module).__name__)
+    """The first part that can be saved as a model of its own, adapters aside; else the module."""
+    found = (type(m) for m in module.modules() if hasattr(m, "save_pretrained"))
+    models = (kind for kind in found if not kind.__module__.startswith("peft."))
+    return next(models, type(module)).__name__

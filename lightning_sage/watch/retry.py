@@ -12,14 +12,16 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 from lightning_sage.resume import random_states, restore_random_states
+from lightning_sage.watch.probe import undoing
 
 
 class StepRetry:
     """Wraps the closures (forward, zero_grad, backward) of one Trainer's automatic optimization.
 
     A closure that raises `torch.OutOfMemoryError` is run again for the same batch, with the random
-    states and the accumulated gradients that it began with. An optimizer that runs out of memory
-    itself is not: it may have changed some of the weights.
+    states, buffers, metrics and accumulated gradients (copied to the host before every batch but
+    the first of a window) that it began with; what `training_step` had logged is logged again. An
+    optimizer that runs out of memory itself is not: it may have changed some of the weights.
 
     Several ranks depend on one another's collectives, so there the error is passed on with a note.
 
@@ -50,6 +52,7 @@ class StepRetry:
             alone = isinstance(self._trainer.strategy, SingleDeviceStrategy)
             states = random_states(device)
             gradients = _gradients_on_host(module) if adds and alone else None
+            undo = undoing(module) if alone else None
             while True:
                 try:
                     return run(*args, **kwargs)
@@ -67,6 +70,8 @@ class StepRetry:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 restore_random_states(states, device)
+                if undo is not None:
+                    undo()
                 if gradients is not None:
                     _put_back(module, gradients)
 

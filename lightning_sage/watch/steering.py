@@ -57,9 +57,11 @@ class Steering:
         self.control = None if target is None else FidelityControl(Dial(policy), target)
         self.monitor = FidelityMonitor(every, floor, self.control) if every else None
         self.budget = None if memory is None else MemoryBudget(memory, policy)
+        if self.monitor is not None:
+            self.monitor.budget = self.budget
         self._retry: StepRetry | None = None
         self._worst: Tensor | None = None
-        self._unseen = 0
+        self._unseen = self._step = 0
         self._events: list[str] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -78,6 +80,7 @@ class Steering:
         Raises:
             ValueError: The budget is below what the weights need.
         """
+        self._step = trainer.global_step
         if self.budget is None:
             return
         # a sharded parameter has its rank's part
@@ -126,6 +129,10 @@ class Steering:
         own = peak if budget.on_device else torch.tensor(cached)
         self._worst = own if self._worst is None else torch.maximum(self._worst, own)
         self._unseen += 1
+        stepped, self._step = trainer.global_step != self._step, trainer.global_step
+        # without a step of the optimizer its state may not be there yet
+        if budget.trying and not stepped:
+            return
         # neither the device nor the other ranks are asked in every step
         if not budget.trying and self._unseen < _STEPS_BETWEEN:
             return
@@ -161,15 +168,15 @@ class Steering:
         if self.control is not None:
             state["shift"] = self.control.shift
         if self.budget is not None and not self.budget.trying:
-            state["rung"] = tuple(self.budget.rung)
+            state["budget"] = self.budget.state()
         return state
 
     def resume(self, state: dict[str, Any], installation: Installation) -> None:
         """Go on from what :meth:`state` gave."""
         if self.control is not None and "shift" in state:
             self.control.resume(state["shift"])
-        if self.budget is not None and "rung" in state:
-            self.budget.resume(state["rung"])
+        if self.budget is not None and "budget" in state:
+            self.budget.resume(state["budget"])
         installation.policy = self.policy
 
 

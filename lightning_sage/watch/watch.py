@@ -16,7 +16,7 @@ from lightning_sage.memory import MIB
 from lightning_sage.policy import SagePolicy
 from lightning_sage.watch.meters import Meters
 from lightning_sage.watch.monitor import Step
-from lightning_sage.watch.reporter import Reporter
+from lightning_sage.watch.reporter import Reporter, plain
 from lightning_sage.watch.steering import Steering
 
 
@@ -101,12 +101,19 @@ class Watch:
             )
         if self._every:
             floor, target = settings.fidelity_floor, settings.fidelity_target
-            told = {"fidelity_floor": floor, "fidelity_target": target}
+            told = {
+                "policy": plain(settings.policy),
+                "memory_budget": settings.memory_budget,
+                "fidelity_floor": floor,
+                "fidelity_target": target,
+            }
             self._reporter = Reporter(trainer, module, installation, told)
 
     def before_step(self, step: Step) -> None:
         """Look at the gradient where that is due, then begin to measure the step."""
-        reading = self.steering.before_step(step)
+        # nobody would hear of it, unless the policy is steered by it
+        silent = is_quiet(step.trainer) and self.steering.control is None
+        reading = None if silent else self.steering.before_step(step)
         if reading is not None:
             self._cosines.append(reading.values["cosine"])
             if self._reporter is not None:
@@ -127,7 +134,11 @@ class Watch:
         trainer, installation = step.trainer, step.installation
         records, seconds = installation.records, perf_counter() - self._started
         self.meters.batch_end(records, seconds, _loss(outputs, trainer))
+        tried = self.steering.budget is not None and self.steering.budget.trying
         self.steering.after_step(trainer, installation, records, self.meters.peak)
+        if tried and self.steering.budget is not None and not self.steering.budget.trying:
+            # short steps that were to find a budget's rung are not what the fit is like
+            self.meters.restart()
         first = not self._first_cached_bytes
         if first:
             self._first_cached_bytes = sum(record.cached_bytes for record in records)
@@ -139,6 +150,8 @@ class Watch:
             self._reporter.event(text)
         if trainer.global_step // self._every > self._logged_step // self._every:
             self._logged_step = trainer.global_step
+            if not self.meters.steps:
+                return
             self._reporter.tokens(step.batch, records)
             self._reporter.readings(self.meters)
 
