@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -203,7 +204,10 @@ def _parameters_replaced() -> Iterator[None]:
 @contextmanager
 def without_memory() -> Iterator[Known]:
     """Tensors made inside are fake; yields what knows their values."""
-    with torch.random.fork_rng(), FakeTensorMode(allow_non_fake_inputs=True), Known() as known:
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.random.fork_rng(), warnings.catch_warnings(), fake, Known() as known:
+        # copying a module asks whether its tensors have storage
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         yield known
 
 
