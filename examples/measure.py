@@ -29,7 +29,6 @@ from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median, quantiles
 from time import perf_counter
 from typing import Any, Literal
 
@@ -40,6 +39,7 @@ from step import Contender, Setting
 from tables import table
 
 from lightning_sage import AllTokens, SagePolicy
+from lightning_sage.compare.callbacks import spread
 
 RESULTS = Path(__file__).parent / "results"
 # settings of CUDA's allocator; the second is the older name of the first
@@ -92,10 +92,10 @@ def make_record(contender: Contender) -> dict[str, Any]:
         "peak_mib": None,
         "activation_mib": None,
         **result,
-        "forward_s": _spread(contender.forward_s),
-        "backward_s": _spread(contender.backward_s),
-        "step_s": _spread(steps),
-        "tokens_per_s": _spread([tokens / seconds for seconds in steps]),
+        "forward_s": spread(contender.forward_s),
+        "backward_s": spread(contender.backward_s),
+        "step_s": spread(steps),
+        "tokens_per_s": spread([tokens / seconds for seconds in steps]),
         "measured_steps": len(steps),
         **circumstances(setting.device),
     }
@@ -105,13 +105,6 @@ def _plain(policy: SagePolicy) -> dict[str, Any]:
     values = {f.name: getattr(policy, f.name) for f in fields(policy)}
     plain = (str, int, float, bool, type(None))
     return {name: v if isinstance(v, plain) else repr(v) for name, v in values.items()}
-
-
-def _spread(values: list[float]) -> dict[str, float] | None:
-    if not values:
-        return None
-    fifths = quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
-    return {"median": median(values), "p20": fifths[0], "p80": fifths[3]}
 
 
 def circumstances(device: str) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What is measured: a setting, the model it trains, and one training step of it."""
 
 import copy
-import gc
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from time import perf_counter
@@ -14,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from lightning_sage import Installation, SagePolicy, install
 from lightning_sage.cross_entropy import check_chunked_loss, chunked_loss
-from lightning_sage.memory import MIB, saved_bytes
+from lightning_sage.memory import MIB, free_unused, saved_bytes
 from lightning_sage.metrics import CachedBytes, KeptTokens, ReplayedTokens
 
 # vocabulary, width, width of the MLP, blocks, query heads, key heads, tied embedding
@@ -190,9 +189,7 @@ def now(cuda: bool) -> float:
 def make_room(model: nn.Module) -> None:
     """Give back what a step that failed has left."""
     model.zero_grad(set_to_none=True)
-    # wrapped blocks refer to themselves: only the collector frees what they hold
-    gc.collect()
-    torch.cuda.empty_cache()
+    free_unused()
 
 
 def build(setting: Setting) -> nn.Module:

@@ -98,7 +98,7 @@ class SageCallback(Callback):
             measure_dense,
             print_summary,
         )
-        self.policy, self.print_summary = policy, print_summary
+        self.policy = policy
         self.check_gradients = check_gradients
         self.allow_untested = allow_untested
         self.agreement: Agreement | None = None
@@ -285,7 +285,7 @@ class SageCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table, below the progress bar."""
-        told = self.summary and self.print_summary and not is_quiet(trainer)
+        told = self.summary and self._watching.print_summary and not is_quiet(trainer)
         if told and trainer.is_global_zero:
             Console().print(summary_table(self.summary))
 

@@ -29,7 +29,7 @@ from lightning_sage.saving import SavePretrained
 from lightning_sage.selections import Selection
 
 # what a user can do nothing about, or need not
-_NOISE = [
+NOISE = [
     r".*treespec, LeafSpec.* is deprecated",  # Lightning's use of torch
     r"`is_gradient_checkpointing` is deprecated",  # PEFT's use of transformers
     r".*does not have many workers",  # tokenising a batch takes less than a training step
@@ -226,6 +226,6 @@ def _named_selections(value: Any) -> Any:
 
 def main(args: ArgsType = None) -> None:
     """Run the command line; `args` stands in for the process's own arguments."""
-    for message in _NOISE:
+    for message in NOISE:
         warnings.filterwarnings("ignore", message)
     SageCLI(args)

@@ -20,9 +20,9 @@ from lightning_sage import sharding
 from lightning_sage.arguments import ReplayError
 from lightning_sage.balance import Agreement
 from lightning_sage.block import sparse_forward
+from lightning_sage.buffers import buffers_kept
 from lightning_sage.policy import SagePolicy
 from lightning_sage.records import BlockRecord
-from lightning_sage.selfcheck import buffers_kept
 from lightning_sage.session import Session
 from lightning_sage.wrapped import ATTRIBUTE, Wrapped
 
@@ -262,15 +262,8 @@ def install(
             "than it does; removing SAGE switches it on again",
             stacklevel=2,
         )
-    for module in _ancestors(model, set(wrapped.values())):
-        module.register_forward_pre_hook(session.enter, with_kwargs=True)
-        module.register_forward_hook(session.leave, always_call=True)
+    session.listen(model, set(wrapped.values()))
     return Installation(model, policy, wrapped, session)
-
-
-def _ancestors(model: nn.Module, blocks: set[nn.Module]) -> list[nn.Module]:
-    """Modules that contain a block."""
-    return [m for m in model.modules() if m not in blocks and any(c in blocks for c in m.modules())]
 
 
 def uninstall(model: nn.Module) -> None:

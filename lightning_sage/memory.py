@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -143,6 +144,13 @@ def reset_peak(device: torch.device) -> bool:
     except OSError:
         return False
     return True
+
+
+def free_unused() -> None:
+    """Give back what a step that ran out of memory has left, cycles included."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _allocator(device: torch.device) -> Any:

@@ -130,11 +130,14 @@ class HuggingFaceModule(LightningModule):
         if self.name_or_path is None:
             dtype = None if self.dtype_name == "auto" else getattr(torch, self.dtype_name)
             return self.auto_class.from_config(AutoConfig.for_model(**self.config), dtype=dtype)
-        changes = {name: value for name, value in self.config.items() if name != "model_type"}
-        config = AutoConfig.from_pretrained(self.name_or_path, **changes)
         return self.auto_class.from_pretrained(
-            self.name_or_path, config=config, dtype=self.dtype_name
+            self.name_or_path, config=self.pretrained_config(), dtype=self.dtype_name
         )
+
+    def pretrained_config(self) -> Any:
+        """The configuration that goes with the pre-trained weights, with the changes to it."""
+        changes = {name: value for name, value in self.config.items() if name != "model_type"}
+        return AutoConfig.from_pretrained(self.name_or_path, **changes)
 
     def _lora_config(self, lora: LoRA) -> LoraConfig:
         return LoraConfig(

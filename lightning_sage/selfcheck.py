@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_sage import ops
 from lightning_sage.arguments import ReplayError
+from lightning_sage.buffers import buffers_kept
 from lightning_sage.intercept import AttentionCall, Tap, random_state_kept
 from lightning_sage.memory import saved_bytes
 from lightning_sage.ops import Rows, Sight, reference
@@ -156,20 +156,6 @@ def _graph_leaves(out: Tensor) -> Iterator[Tensor]:
         if hasattr(node, "variable"):
             yield node.variable
         stack.extend(following for following, _ in node.next_functions)
-
-
-@contextmanager
-def buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Whatever a module does to its buffers inside, by value or by name, is undone."""
-    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    names = [(part, dict(part._buffers)) for part in module.modules()]
-    try:
-        yield
-    finally:
-        for buffer, value in values:
-            buffer.data.copy_(value)
-        for part, buffers in names:
-            part._buffers.update(buffers)
 
 
 def _watching(found: list[str], called: set[str], device: torch.device) -> type[Tap]:

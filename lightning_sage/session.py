@@ -102,6 +102,13 @@ class Session:
         self.batch, self.records, self.agreement = {}, {}, None
         self._reset()
 
+    def listen(self, model: nn.Module, blocks: set[nn.Module]) -> None:
+        """Hear from now on what every module that contains a block is told."""
+        for module in model.modules():
+            if module not in blocks and any(part in blocks for part in module.modules()):
+                module.register_forward_pre_hook(self.enter, with_kwargs=True)
+                module.register_forward_hook(self.leave, always_call=True)
+
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of every module above a block: learn labels and padding from keywords.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from itertools import chain
 from statistics import median, quantiles
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_sage.callback import SageCallback
@@ -22,6 +21,7 @@ from lightning_sage.memory import MIB, in_use, reset_peak, saved_bytes, tensors_
 from lightning_sage.metrics import CachedBytes, KeptTokens, ReplayedTokens
 from lightning_sage.policy import SagePolicy
 from lightning_sage.tokens import count_tokens
+from lightning_sage.watch.watch import batch_loss
 
 
 def warm_up(steps: int) -> int:
@@ -158,11 +158,9 @@ class ContestMeter(Callback):
         self._stop_counting()
         if self.steps >= self._warmup:
             self._peak = max(self._peak, in_use(pl_module.device).peak)
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor) and loss.numel() == 1:
-            # Lightning has divided it by the batches of a step
-            scale = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-            self._losses.append(loss.item() * scale)
+        loss = batch_loss(outputs, trainer)
+        if loss is not None and loss.numel() == 1:
+            self._losses.append(loss.item())
         if self._sage is not None and self._sage.installation is not None:
             for metric in self._usage.values():
                 metric.update(self._sage.installation.records)

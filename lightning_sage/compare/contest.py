@@ -7,7 +7,6 @@ import sys
 import traceback
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,12 @@ from lightning_sage.callback import SageCallback
 from lightning_sage.cli import Pretraining, SageCLI
 from lightning_sage.compare.callbacks import ContestMeter, Turns
 from lightning_sage.compare.turns import Parent, Task
+from lightning_sage.configured import as_list, policy_of, sage_among
 from lightning_sage.models import HuggingFaceModule
 from lightning_sage.policy import SagePolicy
 from lightning_sage.presets import PRESETS
 from lightning_sage.saving import SavePretrained
-from lightning_sage.strategies import SageModelParallelStrategy, SageStrategy
-from lightning_sage.watch.reporter import plain
+from lightning_sage.watch.reporter import plain, versions
 
 BASELINES = ("dense", "checkpointing")
 _PACKAGES = ("lightning-sage", "torch", "lightning", "transformers", "peft", "triton")
@@ -123,12 +122,9 @@ class ContestCLI(SageCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """For one device and some steps, with the method's callback only."""
         given = self._get(self.config_init, "trainer")
-        listed = given["callbacks"] or []
-        listed = listed if isinstance(listed, list) else [listed]
-        brought = self.model.configure_callbacks()
-        brought = list(brought) if isinstance(brought, list | tuple) else [brought]
-        own = next((c for c in [*listed, *brought] if isinstance(c, SageCallback)), None)
-        self.own = own.policy if own is not None else _policy_of(given["strategy"])
+        listed, brought = as_list(given["callbacks"]), as_list(self.model.configure_callbacks())
+        own = sage_among([*listed, *brought])
+        self.own = policy_of(given, own)
         self.policy = self._policy()
         sage = None if self.policy is None else self._sage(own)
         checkpoint = self.own or SagePolicy() if self.task.method == "checkpointing" else None
@@ -173,8 +169,7 @@ class ContestCLI(SageCLI):
 
     def _unmoved(self) -> list[str]:
         """What moves policies during a fit is left out: it would be another method."""
-        listed = self._get(self.config, "trainer")["callbacks"] or []
-        listed = listed if isinstance(listed, list) else [listed]
+        listed = as_list(self._get(self.config, "trainer")["callbacks"])
         arguments = [callback.get("init_args") or {} for callback in listed]
         moving = ("memory_budget", "fidelity_target")
         found = [n for n in moving if any(given.get(n) is not None for given in arguments)]
@@ -218,17 +213,10 @@ class ContestCLI(SageCLI):
             "device": torch.cuda.get_device_name(device) if cuda else device.type,
             "threads": torch.get_num_threads(),
             "python": ".".join(map(str, sys.version_info[:3])),
-            "versions": {name: v for name in _PACKAGES if (v := _version(name))},
+            "versions": versions(_PACKAGES),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "notes": self.notes,
         }
-
-
-def _policy_of(strategy: Any) -> SagePolicy | None:
-    """That of a strategy that brings a SageCallback."""
-    if isinstance(strategy, SageStrategy | SageModelParallelStrategy):
-        return strategy.policy or SagePolicy()
-    return SagePolicy() if isinstance(strategy, str) and strategy.startswith("sage_") else None
 
 
 def _first_device(devices: Any) -> Any:
@@ -252,13 +240,6 @@ def _one_device(trainer: Any) -> list[str]:
 
 def _word(value: Any) -> str:
     return str(value) if isinstance(value, str | int | list) else type(value).__name__
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

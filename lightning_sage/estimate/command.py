@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,18 +12,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from rich.table import Table
 
-from lightning_sage.callback import SageCallback
-from lightning_sage.cli import SageCLI
+from lightning_sage.cli import NOISE, SageCLI
+from lightning_sage.configured import as_list, policy_of, sage_among
 from lightning_sage.estimate.prediction import TOKENS, YOURS, Estimate, Footprint, estimate
-from lightning_sage.policy import SagePolicy
-from lightning_sage.strategies import SageModelParallelStrategy, SageStrategy
 
-# what a user can do nothing about: Lightning's use of torch and of itself, PEFT's of transformers
-_NOISE = (
-    r".*treespec, LeafSpec.* is deprecated",
-    r"LightningCLI's args parameter",
-    r"`is_gradient_checkpointing` is deprecated",
-)
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -76,9 +67,11 @@ def main(argv: list[str]) -> None:
     Args:
         argv: Arguments after `lightning-sage estimate`.
     """
-    for message in _NOISE:
+    # the last is Lightning's, of its own use of itself
+    for message in (*NOISE, r"LightningCLI's args parameter"):
         warnings.filterwarnings("ignore", message)
     cli = _EstimateCLI(argv, run=False)
+    trainer = cli.setting("trainer")
     loading = getattr(cli.datamodule, "loading", None)
     batch = cli.setting("batch") or getattr(loading, "batch_size", None)
     length = cli.setting("length") or getattr(loading, "max_tokens", None)
@@ -91,8 +84,8 @@ def main(argv: list[str]) -> None:
             cli.model,
             batch,
             length,
-            policy_of(cli.setting("trainer")),
-            precision=cli.setting("trainer")["precision"],
+            policy_of(trainer, sage_among(as_list(trainer["callbacks"]))),
+            precision=trainer["precision"],
             memory=cli.setting("memory") or _card(),
             loss_tokens=cli.setting("loss_tokens"),
             kept=cli.setting("kept"),
@@ -106,18 +99,6 @@ def main(argv: list[str]) -> None:
     console.print(estimate_table(found))
     for note in notes(found):
         console.print(note, highlight=False)
-
-
-def policy_of(trainer: Mapping[str, Any]) -> SagePolicy | None:
-    """The policy of a Trainer's settings: its callback's, else its strategy's, else None."""
-    callbacks = trainer["callbacks"] or []
-    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
-        if isinstance(callback, SageCallback):
-            return callback.policy
-    strategy = trainer["strategy"]
-    if isinstance(strategy, SageStrategy | SageModelParallelStrategy):
-        return strategy.policy or SagePolicy()
-    return SagePolicy() if str(strategy).startswith("sage_") else None
 
 
 def _card() -> int | None:

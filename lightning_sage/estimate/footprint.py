@@ -90,11 +90,7 @@ class Watch:
         self._session = Session(first)
         self._there = [*model.parameters(), *model.buffers()]
         self._ledger: Ledger | None = None
-        inside = set(blocks.values())
-        for module in [m for m in model.modules() if m not in inside]:
-            if any(part in inside for part in module.modules()):
-                module.register_forward_pre_hook(self._session.enter, with_kwargs=True)
-                module.register_forward_hook(self._session.leave, always_call=True)
+        self._session.listen(model, set(blocks.values()))
         for i, block in enumerate(blocks.values()):
             # of the block, not of its class: adapters may have put it there
             block.forward = partial(self._forward, i, block, block.forward)

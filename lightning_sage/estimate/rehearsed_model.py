@@ -13,7 +13,6 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
-from transformers import AutoConfig
 
 from lightning_sage.estimate.fakes import Known, fake_copy, lifted
 from lightning_sage.models import CausalLM, HuggingFaceModule
@@ -212,9 +211,8 @@ def _configure(module: LightningModule, known: Known) -> None:
 
 def _from_config(module: HuggingFaceModule) -> nn.Module:
     """What `from_pretrained` would return, but for its values."""
-    changes = {name: value for name, value in module.config.items() if name != "model_type"}
     try:
-        config = AutoConfig.from_pretrained(module.name_or_path, **changes)
+        config = module.pretrained_config()
     except OSError as error:
         raise ValueError(
             f"the configuration of {module.name_or_path} is not on this machine: give the folder "

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from lightning_sage.memory import MIB
 from lightning_sage.report.plots import Curve, bars, curves, heat_map
 from lightning_sage.report.thinning import Group, block_means, mean, number, thinned, total
 from lightning_sage.watch.history import Line, Run
 
-MIB = 2**20
 # points of a line and columns of a heat map, at most
 POINTS, COLUMNS = 200, 48
 # a step this many times longer than the median would flatten all others

@@ -10,7 +10,8 @@ from importlib.resources import files
 from statistics import median
 from typing import Any
 
-from lightning_sage.report.figures import MIB, Figure, figures
+from lightning_sage.memory import MIB
+from lightning_sage.report.figures import Figure, figures
 from lightning_sage.report.thinning import Group, block_means, mean, number, total
 from lightning_sage.report.token_view import SAMPLES, SHADES, token_view
 from lightning_sage.watch.history import Run

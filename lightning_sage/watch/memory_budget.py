@@ -173,6 +173,7 @@ class MemoryBudget:
 
     Attributes:
         rung: What holds now.
+        trying: Whether it is still looking for a rung.
         limit: The budget in bytes, from :meth:`start` on.
     """
 
@@ -193,7 +194,7 @@ class MemoryBudget:
         self.rung, self.on_device = self._TRIALS[0], False
         self._uses: list[Use] = []
         self._costs: Costs | None = None
-        self._trying, self._tokens = True, 1
+        self.trying, self._tokens = True, 1
 
     def start(self, device: torch.device, resident: int) -> None:
         """Begin a fit.
@@ -205,7 +206,6 @@ class MemoryBudget:
         Raises:
             ValueError: The weights alone do not fit, or there is no memory to have a share of.
         """
-        self.rung, self._uses, self._costs, self._trying = self._TRIALS[0], [], None, True
         self.on_device = device.type != "cpu"
         if self.share is not None:
             if not self.on_device:
@@ -229,13 +229,8 @@ class MemoryBudget:
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state` gave."""
-        self.rung, self._trying, self._tokens = Rung(*state["rung"]), False, state["tokens"]
+        self.rung, self.trying, self._tokens = Rung(*state["rung"]), False, state["tokens"]
         self._costs = None if state["costs"] is None else Costs(*state["costs"])
-
-    @property
-    def trying(self) -> bool:
-        """Whether it is still looking for a rung."""
-        return self._trying
 
     def of(self, policy: SagePolicy) -> SagePolicy:
         """`policy`, with no more than the rung allows."""
@@ -247,14 +242,14 @@ class MemoryBudget:
         Returns:
             What has been decided, in words; None where nothing changed.
         """
-        if not self._trying:
+        if not self.trying:
             return self.lower(use.bytes / self.limit) if use.bytes > self.limit else None
         self._uses.append(use)
         self._tokens = max(self._tokens, use.valid)
         if len(self._uses) < len(self._TRIALS):
             self.rung = self._TRIALS[len(self._uses)]
             return None
-        self._trying, self._costs = False, Costs.of(*self._uses[1:])
+        self.trying, self._costs = False, Costs.of(*self._uses[1:])
         for rung in self.rungs:
             if self._costs.base + self._above(rung) <= self.limit * (1 - MARGIN):
                 self.rung = rung
@@ -268,7 +263,7 @@ class MemoryBudget:
         Returns:
             What holds now, in words; None where there is nothing below.
         """
-        self._trying = False
+        self.trying = False
         most = self._above(self.rung) / by
         below = [rung for rung in self.rungs if self._above(rung) <= most]
         if not below:

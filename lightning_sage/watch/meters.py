@@ -39,10 +39,8 @@ class Gauges:
         self.kept, self.replayed = KeptTokens(blocks), ReplayedTokens(blocks)
         self.cached, self.saved = CachedBytes(blocks), SavedBytes()
         self.peak = PeakMemory()
-        self.all: tuple[Metric, ...] = (
-            *(self.kept, self.replayed, self.cached),
-            *(self.saved, self.peak),
-        )
+        counted = (self.kept, self.replayed, self.cached)
+        self.all: tuple[Metric, ...] = (*counted, self.saved, self.peak)
         for metric in self.all:
             metric.to(device)
 

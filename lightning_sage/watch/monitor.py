@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_sage.install import Installation
-from lightning_sage.memory import tensors_in
+from lightning_sage.memory import free_unused, tensors_in
 from lightning_sage.metrics import GradientFidelity
 from lightning_sage.policy import SagePolicy
 from lightning_sage.records import BlockRecord
@@ -195,9 +194,7 @@ class FidelityMonitor:
                     raise
             # outside of the handler, whose traceback holds what did not fit
             count = self._samples = count // 2
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            free_unused()
 
     def _refuse(self, step: Step) -> None:
         strategy = type(step.trainer.strategy)
@@ -246,15 +243,13 @@ class FidelityMonitor:
     def _warn(self, step: Step, cosine: float, records: list[BlockRecord]) -> None:
         low = cosine < self.floor
         if low and not self._low and self.control is None:
-            binds = self.budget is not None and self.budget.rung != self.budget.rungs[0]
+            if self.budget is not None and self.budget.rung != self.budget.rungs[0]:
+                way_out = f"memory_budget allows {self.budget.rung}, so raise it"
+            else:
+                way_out = advice(step.installation.policy, records)
             rank_zero_warn(
                 f"the gradient's cosine with the dense one is {cosine:.3f} at step "
-                f"{step.trainer.global_step}, below fidelity_floor={self.floor}: "
-                + (
-                    f"memory_budget allows {self.budget.rung}, so raise it"
-                    if binds and self.budget is not None
-                    else advice(step.installation.policy, records)
-                )
+                f"{step.trainer.global_step}, below fidelity_floor={self.floor}: {way_out}"
             )
         self._low = low
 

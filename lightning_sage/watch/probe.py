@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_sage.buffers import buffers_undo
 from lightning_sage.install import Installation
 from lightning_sage.policy import SagePolicy
 from lightning_sage.records import BlockRecord
@@ -92,15 +93,11 @@ def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 def undoing(module: nn.Module) -> Callable[[], None]:
     """What brings a module's buffers and metrics back to what they are now; as often as called."""
-    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    names = [(part, dict(part._buffers)) for part in module.modules()]
+    buffers = buffers_undo(module)
     metrics = [(m, _state(m)) for m in module.modules() if isinstance(m, Metric)]
 
     def undo() -> None:
-        for buffer, value in values:
-            buffer.data.copy_(value)
-        for part, buffers in names:
-            part._buffers.update(buffers)
+        buffers()
         for metric, state in metrics:
             vars(metric).update(_copied(state))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -61,7 +62,7 @@ class Reporter:
             "world": self._trainer.world_size,
             "device": self._trainer.strategy.root_device.type,
             "precision": str(self._trainer.precision),
-            "versions": {name: v for name in _PACKAGES if (v := _version(name))},
+            "versions": versions(_PACKAGES),
             "model": _model_name(self._module),
             "parameters": sum(p.numel() for p in parameters),
             "trainable": sum(p.numel() for p in parameters if p.requires_grad),
@@ -173,11 +174,13 @@ class Reporter:
         )
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def plain(policy: SagePolicy) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
+from lightning_sage.memory import free_unused
 from lightning_sage.resume import random_states, restore_random_states
 from lightning_sage.watch.probe import undoing
 
@@ -66,9 +66,7 @@ class StepRetry:
                     if not self._lower():
                         raise
                 # outside of the handler, whose traceback holds what did not fit
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                free_unused()
                 restore_random_states(states, device)
                 if undo is not None:
                     undo()

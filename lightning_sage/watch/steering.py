@@ -113,7 +113,7 @@ class Steering:
         installation: Installation,
         records: Sequence[BlockRecord],
         peak: Tensor,
-    ) -> None:
+    ) -> bool:
         """See whether the step fitted; every rank has to ask.
 
         Args:
@@ -121,10 +121,13 @@ class Steering:
             installation: SAGE on its module.
             records: What the blocks did.
             peak: The device's peak in this step, in bytes; 0-dim.
+
+        Returns:
+            Whether this was the last of the steps in which a budget tries what fits.
         """
         budget = self.budget
         if budget is None:
-            return
+            return False
         cached = sum(record.cached_bytes for record in records)
         own = peak if budget.on_device else torch.tensor(cached)
         self._worst = own if self._worst is None else torch.maximum(self._worst, own)
@@ -132,15 +135,17 @@ class Steering:
         stepped, self._step = trainer.global_step != self._step, trainer.global_step
         # without a step of the optimizer its state may not be there yet
         if budget.trying and not stepped:
-            return
+            return False
         # neither the device nor the other ranks are asked in every step
         if not budget.trying and self._unseen < _STEPS_BETWEEN:
-            return
+            return False
         taken = [int(self._worst), cached, *(_rows(records) if budget.trying else (0, 0, 0))]
         self._worst, self._unseen = None, 0
         if trainer.world_size > 1:
             taken = [_largest(trainer, value) for value in taken]
+        tried = budget.trying
         self._tell(budget.note(Use(*taken)), installation)
+        return tried and not budget.trying
 
     def _lower(self, installation: Installation) -> bool:
         """Keep less from now on, if that is possible."""

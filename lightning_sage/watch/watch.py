@@ -100,12 +100,11 @@ class Watch:
                 count_saved=settings.measure_dense and not quiet,
             )
         if self._every:
-            floor, target = settings.fidelity_floor, settings.fidelity_target
             told = {
                 "policy": plain(settings.policy),
                 "memory_budget": settings.memory_budget,
-                "fidelity_floor": floor,
-                "fidelity_target": target,
+                "fidelity_floor": settings.fidelity_floor,
+                "fidelity_target": settings.fidelity_target,
             }
             self._reporter = Reporter(trainer, module, installation, told)
 
@@ -133,10 +132,8 @@ class Watch:
             return
         trainer, installation = step.trainer, step.installation
         records, seconds = installation.records, perf_counter() - self._started
-        self.meters.batch_end(records, seconds, _loss(outputs, trainer))
-        tried = self.steering.budget is not None and self.steering.budget.trying
-        self.steering.after_step(trainer, installation, records, self.meters.peak)
-        if tried and self.steering.budget is not None and not self.steering.budget.trying:
+        self.meters.batch_end(records, seconds, batch_loss(outputs, trainer))
+        if self.steering.after_step(trainer, installation, records, self.meters.peak):
             # short steps that were to find a budget's rung are not what the fit is like
             self.meters.restart()
         first = not self._first_cached_bytes
@@ -194,7 +191,7 @@ def is_quiet(trainer: Trainer) -> bool:
     return bool(trainer.barebones or trial)
 
 
-def _loss(outputs: Any, trainer: Trainer) -> Tensor | None:
+def batch_loss(outputs: Any, trainer: Trainer) -> Tensor | None:
     """The loss of a batch, as the module returned it."""
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
     # Lightning has divided it
