@@ -56,6 +56,7 @@ class SageCallback(Callback):
     Attributes:
         agreement: What ranks tell one another, given by a strategy of this package.
         installation: What is installed in the model; None outside of a fit.
+        settings: What is measured, told and steered.
 
     Checkpoints hold the states of the random generators of every rank as they are between two
     batches, so that a resumed fit draws (selections, dropout) what the uninterrupted one would have
@@ -88,7 +89,7 @@ class SageCallback(Callback):
         super().__init__()
         if policy is None:
             policy = SagePolicy() if memory_budget is None else SagePolicy(keep=AllTokens())
-        self._watching = Watching(
+        self.settings = Watching(
             policy,
             log_every_n_steps,
             fidelity_every_n_steps,
@@ -99,8 +100,7 @@ class SageCallback(Callback):
             print_summary,
         )
         self.policy = policy
-        self.check_gradients = check_gradients
-        self.allow_untested = allow_untested
+        self.check_gradients, self.allow_untested = check_gradients, allow_untested
         self.agreement: Agreement | None = None
         self.installation: Installation | None = None
         self._device = torch.device("cpu")
@@ -108,7 +108,7 @@ class SageCallback(Callback):
         self._start_fit()
 
     def _start_fit(self) -> None:
-        self._watch = Watch(self._watching)
+        self._watch = Watch(self.settings)
         self._in_batch = False
         self._mode_checked = False
         self._gradients_checked = False
@@ -153,7 +153,7 @@ class SageCallback(Callback):
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install, in place of what was installed before."""
         self.detach()
-        measure_dense = self._watching.measure_dense and not trainer.barebones
+        measure_dense = self.settings.measure_dense and not trainer.barebones
         self.installation = install(
             pl_module,
             self.policy,
@@ -285,7 +285,7 @@ class SageCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table, below the progress bar."""
-        told = self.summary and self._watching.print_summary and not is_quiet(trainer)
+        told = self.summary and self.settings.print_summary and not is_quiet(trainer)
         if told and trainer.is_global_zero:
             Console().print(summary_table(self.summary))
 

@@ -67,6 +67,12 @@ class _Parser(LightningArgumentParser):
         return text
 
 
+def accept_arguments_of_fit(parser: LightningArgumentParser) -> None:
+    """Take the configuration that a fit has written, where nothing is run that wants these."""
+    for name in ("--ckpt_path", "--weights_only"):
+        parser.add_argument(name, default=None, help="Of `fit`; not used.")
+
+
 class SageCLI(LightningCLI):
     """LightningCLI for any LightningModule and LightningDataModule, with those of this package.
 

@@ -31,6 +31,8 @@ class _Held:
 def saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[Callable[[], int]]:
     """Count what the graph built inside holds for backward: whole storages, each once.
 
+    Sparse tensors, which have no one storage, are not counted.
+
     Args:
         exclude: Tensors that are there anyway: parameters, buffers, the batch.
 
@@ -45,9 +47,7 @@ def saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[Callable[[], int]]:
         ...     held()
         32
     """
-    # a distributed tensor has no storage of its own
-    local = (getattr(tensor, "_local_tensor", tensor) for tensor in exclude)
-    excluded = {tensor.untyped_storage().data_ptr() for tensor in local}
+    excluded = {storage.data_ptr() for x in exclude if (storage := _storage(x)) is not None}
     alive: weakref.WeakSet[_Held] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> _Held:
@@ -56,12 +56,18 @@ def saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[Callable[[], int]]:
         return held
 
     def count() -> int:
-        storages = (held.tensor.untyped_storage() for held in alive)
-        sizes = {(s.device, s.data_ptr()): s.nbytes() for s in storages}
+        storages = [_storage(held.tensor) for held in alive]
+        sizes = {(s.device, s.data_ptr()): s.nbytes() for s in storages if s is not None}
         return sum(size for (_, pointer), size in sizes.items() if pointer not in excluded)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
         yield count
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
+    # a distributed tensor has its rank's part
+    local = getattr(tensor, "_local_tensor", tensor)
+    return local.untyped_storage() if local.layout == torch.strided else None
 
 
 def tensors_in(batch: object) -> Iterator[Tensor]:

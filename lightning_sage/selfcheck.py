@@ -41,16 +41,20 @@ def first_call(job: Job) -> None:
     kind = (tuple(job.modes), job.arguments.signature)
     # where parts are sharded by themselves, ranks gather them together: all check at the same time
     seen = bool(wrapped.checked) if wrapped.nested else kind in wrapped.checked
-    if seen and not session.force_check:
+    checks = session.force_check or not seen
+    # not in a look at the gradient, which may be of a part of the batch
+    counts = session.measure_dense and wrapped.index not in session.dense_bytes
+    counts = counts and session.probe is None
+    if not (checks or counts):
         return
     hidden = job.hidden
     job.parts.refuse_repacking(hidden.device)
     # hooks of a checkpoint around the block count what is saved, and this is saved once only
     unseen = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
     with torch.no_grad(), random_state_kept(hidden.device), buffers_kept(job.block), unseen:
-        if session.measure_dense and wrapped.index not in session.dense_bytes:
+        if counts:
             session.dense_bytes[wrapped.index] = dense_bytes(job)
-        if _compare(job, hidden) or wrapped.nested:
+        if checks and (_compare(job, hidden) or wrapped.nested):
             wrapped.checked.add(kind)
 
 

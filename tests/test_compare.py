@@ -2,6 +2,7 @@ import json
 import os
 import signal
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -332,6 +333,38 @@ def test_a_child_whose_parent_is_gone_ends(tmp_path, monkeypatch):
     child.kill()
 
 
+FORKS = """
+import os, signal, sys, time
+from lightning_sage.compare.turns import Parent
+parent = Parent()
+folder = parent.task().folder
+if not os.fork():
+    open(folder, "w").write(str(os.getpid()))
+    time.sleep(60)
+while not (os.path.exists(folder) and open(folder).read()):
+    time.sleep(0.01)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_method_has_forked_neither_holds_the_others_up_nor_stays(tmp_path):
+    task = Task([], "dense", 3, 1, str(tmp_path / "pid"))
+    child = Child(task, (sys.executable, "-c", FORKS), tmp_path / "log")
+    began = time.monotonic()
+    assert not child.advance()
+    assert time.monotonic() - began < 40
+    assert child.record["status"] == "killed"
+    child.kill()
+    forked = int((tmp_path / "pid").read_text())
+    state = Path(f"/proc/{forked}/stat")
+    # gone, or dead and not yet buried by whoever took it in
+    for _ in range(200):
+        if not state.exists() or state.read_text().rpartition(") ")[2][0] == "Z":
+            return
+        time.sleep(0.01)
+    pytest.fail("it is still there")
+
+
 def test_exit_status_says_whether_all_failed(tmp_path, monkeypatch, capsys):
     stub(monkeypatch, "def act(step): sys.exit('gone')")
     with pytest.raises(SystemExit) as stopped:
@@ -381,8 +414,13 @@ def test_a_contest_is_the_configuration_without_what_gets_in_its_way(tmp_path, m
         "init_args": {"monitor": "v"},
     }
     own = {"class_path": f"{__name__}.Noted"}
+    swa = {
+        "class_path": "lightning.pytorch.callbacks.StochasticWeightAveraging",
+        "init_args": {"swa_lrs": 0.1, "device": None},
+    }
     cli = contest(
-        tmp_path, "keep=0.25", callbacks=[YOURS, save, stop, own], max_epochs=7, num_nodes=2,
+        tmp_path, "keep=0.25", "--ckpt_path=null", "--weights_only=null",
+        callbacks=[YOURS, save, stop, own, swa], max_epochs=7, num_nodes=2,
         accumulate_grad_batches=2, gradient_clip_val=0.5, fast_dev_run=True, limit_val_batches=3,
     )  # fmt: skip
     trainer = cli.trainer

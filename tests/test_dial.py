@@ -67,6 +67,12 @@ def test_bounds_hold():
     assert dial.at(9).keep == TopFraction(0.4)
 
 
+def test_what_is_below_the_bounds_does_not_go_up_when_turned_down():
+    dial = Dial(SagePolicy(keep=0.03, replay=None))
+    assert dial.at(-1).keep == TopFraction(0.03)
+    assert dial.at(1).keep.fraction > 0.05
+
+
 @pytest.mark.parametrize("bounds", [(0, 1), (0.5, 0.5), (0.1, 1.1)])
 def test_bounds_are_refused(bounds):
     with pytest.raises(ValueError, match="0 < least < most <= 1"):

@@ -244,6 +244,17 @@ class Own(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
+def test_a_module_that_takes_other_batches_is_told_so():
+    class Pairs(Own):
+        def training_step(self, batch, batch_idx):
+            ids, labels = batch
+            return self.model(ids, labels).loss
+
+    policy = SagePolicy(blocks=["model.blocks.*"])
+    with pytest.raises(ValueError, match=r"training_step of Pairs does not take.*inputs=\.\.\."):
+        estimate(Pairs(), 2, 8, policy)
+
+
 def test_a_module_of_ones_own():
     found = estimate(Own, 2, 16, SagePolicy(keep=0.25, blocks=["model.blocks.*"]))
     count = sum(p.numel() for p in Own().parameters())
@@ -394,6 +405,12 @@ def test_command(tmp_path, capsys):
     assert "3 x 40 tokens" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="beyond the 512 positions"):
         main(command("--length=4096", tmp_path=tmp_path))
+    with pytest.raises(SystemExit, match="batch must be a number of at least 1, got 0"):
+        main(command("--batch=0", tmp_path=tmp_path))
+    # as a fit writes them down
+    written = ("--ckpt_path=null", "--weights_only=null", "--length=24")
+    main(command(*written, tmp_path=tmp_path))
+    assert "3 x 24 tokens" in capsys.readouterr().out
     silent = {"class_path": "lightning.pytorch.LightningDataModule"}
     with pytest.raises(SystemExit, match="give --batch and --length"):
         main(command(tmp_path=tmp_path, data=silent))

@@ -1,7 +1,10 @@
 """A budget finds what fits, keeps to it, and goes down when a step runs out of memory."""
 
 import copy
+import gc
 import random
+import weakref
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -369,8 +372,63 @@ def test_a_fit_that_runs_out_of_memory_goes_on_with_less(tmp_path):
     assert task.batches == [0, 1, 2, 3, 4, 5, 6, 6, 7, 8]
     assert kept[4] == kept[5] > kept[6] == kept[8]
     [run] = read(tmp_path / NAME)
-    assert "allows" not in run.events[0]["text"]
+    assert run.events[0]["text"].startswith("memory budget of 1.00 GiB: at most 100%")
     assert "ran out of memory and is taken again" in run.events[1]["text"]
+
+
+def test_a_failed_try_lowers_the_budget_once(monkeypatch):
+    class Account(NamedTuple):
+        current: int
+        peak: int
+
+    mib = 2**20
+    task = Short(llama(), (6,), "forward")
+    # what the device would say: the failed try took all there is, other steps a quarter
+    seen = lambda _: Account(0, (4096 if task.count in (6, 7) else 1024) * mib)  # noqa: E731
+    monkeypatch.setattr("lightning_sage.metrics.in_use", seen)
+    callback = SageCallback(memory_budget="2GiB", print_summary=False)
+
+    def pretend(trainer, task):
+        callback._watch.steering.budget.on_device = True
+
+    events = []
+    monkeypatch.setattr(
+        "lightning_sage.watch.steering.rank_zero_info", lambda text: events.append(text)
+    )
+    fit(task, callback, Witness(pretend), data=batches(30, length=64))
+    assert sum("lowered" in text for text in events) == 1
+
+
+def test_no_batch_outlives_its_step():
+    made, alive = [], []
+
+    def look(trainer, task):
+        alive.append(sum(ids() is not None for ids in made))
+
+    def given():
+        for seed in range(8):
+            [batch] = batches(1, every_token=bool(seed % 2))
+            made.append(weakref.ref(batch["input_ids"]))
+            yield batch
+
+    callback = SageCallback(memory_budget="1GiB", log_every_n_steps=0)
+    gc.collect()
+    gc.disable()
+    try:
+        fit(Task(llama()), callback, Witness(look), data=Stream(given))
+    finally:
+        gc.enable()
+    # the one under way, the next, and one that is being fetched
+    assert len(alive) == 8
+    assert max(alive) <= 3
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, given):
+        self.given = given
+
+    def __iter__(self):
+        return self.given()
 
 
 def test_a_step_that_can_keep_no_less_ends_the_fit():

@@ -288,6 +288,16 @@ def test_saved_bytes_counts_storages_once():
     assert held() == 0, "the backward pass frees what the graph held"
 
 
+def test_sparse_tensors_are_left_out_of_a_count():
+    graph = torch.eye(3).to_sparse()
+    x = torch.ones(3, 2, requires_grad=True)
+    with saved_bytes(exclude=[graph]) as held:
+        y = torch.sparse.mm(graph, x).exp()
+        assert held() == y.nbytes
+        y.sum().backward()
+    assert x.grad is not None
+
+
 def test_saved_bytes_counts_the_whole_of_a_view():
     x = torch.ones(100, 4)
     w = torch.ones(4, requires_grad=True)

@@ -207,6 +207,29 @@ def test_a_step_that_changes_its_batch_gets_it_as_it_came():
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
+def test_parameters_that_a_step_changes_in_place_end_the_looking():
+    class Averages(Task):
+        def __init__(self, model):
+            super().__init__(model)
+            self.mean = torch.nn.Parameter(torch.zeros(()), requires_grad=False)
+
+        def training_step(self, batch, batch_idx):
+            self.mean.mul_(0.5).add_(0.5)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.warns(UserWarning, match="not measured any more.*changes parameters in place"):
+        fit(Averages(llama()), monitored())
+
+
+def test_a_look_at_part_of_a_batch_does_not_count_for_the_dense_step():
+    found = []
+    for every, most in ((0, 9), (1, 1)):
+        callback = monitored(every=every)
+        fit(OutOfMemory(most), callback, data=batches(1))
+        found.append(callback.summary["dense_mib"])
+    assert found[0] == found[1]
+
+
 def test_frozen_blocks_have_no_cosine(tmp_path):
     task = Task(llama())
     task.model.model.layers[0].requires_grad_(False)

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 import browser
-from histories import SUMMARY, made, sample, start
+from histories import MIB, SUMMARY, made, sample, start
 from lightning_sage.report.block_names import block_ticks
 from lightning_sage.report.command import main
 from lightning_sage.report.page import page
@@ -124,6 +124,19 @@ def test_a_page_says_what_is_missing(pages):
     assert "Gradient fidelity" not in html
     # of the steps there are
     assert "<dt>seconds a step (median)</dt><dd>2.5</dd>" in html
+
+
+def test_a_block_without_a_number_has_an_empty_cell(tmp_path):
+    history = History(tmp_path / NAME)
+    start(history, ["layers.0", "layers.1"])
+    history.write(
+        "step", step=1, steps=1, seconds=0.1, kept=[None, 0.5], replayed=[None, 0.25],
+        cached=[None, MIB],
+    )  # fmt: skip
+    [run] = read(tmp_path / NAME)
+    text = page(run)
+    assert "<td></td><td></td><td></td>" in text
+    assert "<td>1.000</td><td>50.0%</td><td>25.0%</td>" in text
 
 
 def test_a_run_without_a_step_has_a_page(tmp_path):

@@ -72,6 +72,39 @@ def test_a_trainer_without_logger_keeps_its_numbers(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob(NAME))
 
 
+def test_a_store_is_no_folder_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    class Remote(CSVLogger):
+        log_dir = "memory://bucket/run"
+
+        def log_hyperparams(self, params=None):
+            pass
+
+        def log_metrics(self, metrics, step=None):
+            pass
+
+        def save(self):
+            pass
+
+    fit(Task(llama()), SageCallback(HALF), logger=Remote(tmp_path), log_every_n_steps=1)
+    assert not list(tmp_path.rglob(NAME))
+
+
+def test_a_step_without_the_model_keeps_nothing():
+    class Skips(Task):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) if batch_idx == 0 else None
+
+    callbacks = [SageCallback(HALF, print_summary=False) for _ in range(2)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*returned `None`")
+        fit(Skips(llama()), callbacks[0], data=batches(4))
+    fit(Task(llama()), callbacks[1], data=batches(1))
+    skipping, one = (callback.summary["cached_mib"] for callback in callbacks)
+    assert skipping == pytest.approx(one / 4)
+
+
 def test_the_progress_bar_shows_two():
     class Bar(ProgressBar):
         shown = ()

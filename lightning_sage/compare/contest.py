@@ -13,18 +13,22 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
     Checkpoint,
     DeviceStatsMonitor,
     EarlyStopping,
+    LearningRateFinder,
     LearningRateMonitor,
     ModelSummary,
     ProgressBar,
+    StochasticWeightAveraging,
     ThroughputMonitor,
     Timer,
 )
+from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_sage.callback import SageCallback
-from lightning_sage.cli import Pretraining, SageCLI
+from lightning_sage.cli import Pretraining, SageCLI, accept_arguments_of_fit
 from lightning_sage.compare.callbacks import ContestMeter, Turns
 from lightning_sage.compare.turns import Parent, Task
 from lightning_sage.configured import as_list, policy_of, sage_among
@@ -36,16 +40,19 @@ from lightning_sage.watch.reporter import plain, versions
 
 BASELINES = ("dense", "checkpointing")
 _PACKAGES = ("lightning-sage", "torch", "lightning", "transformers", "peft", "triton")
-# what needs a logger, a validation or an end of its own, writes files, or is SAGE
+# what needs a logger, a validation or an end of its own, tries steps, writes files, or is SAGE
 _LEFT_OUT = (
+    BatchSizeFinder,
     Checkpoint,
     DeviceStatsMonitor,
     EarlyStopping,
+    LearningRateFinder,
     LearningRateMonitor,
     ModelSummary,
     ProgressBar,
     SageCallback,
     SavePretrained,
+    StochasticWeightAveraging,
     ThroughputMonitor,
     Timer,
 )
@@ -96,6 +103,11 @@ class ContestCLI(SageCLI):
         self.pretrained_now = False
         super().__init__(task.args, run=False)
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """A fit's own configuration is one to compare as well."""
+        super().add_arguments_to_parser(parser)
+        accept_arguments_of_fit(parser)
+
     @property
     def seed(self) -> int:
         """The configuration's, or 0."""
@@ -129,7 +141,7 @@ class ContestCLI(SageCLI):
         sage = None if self.policy is None else self._sage(own)
         checkpoint = self.own or SagePolicy() if self.task.method == "checkpointing" else None
         self.meter = ContestMeter(self.task.steps, self.seed, sage, checkpoint)
-        self.notes = _one_device(given) + self._unmoved()
+        self.notes = _one_device(given) + _unmoved(own)
         kept = [c for c in listed if not isinstance(c, _LEFT_OUT)]
         mine = [c for c in brought if not isinstance(c, _LEFT_OUT)]
         self.model.configure_callbacks = lambda: mine
@@ -166,14 +178,6 @@ class ContestCLI(SageCLI):
             check_gradients=own is None or own.check_gradients,
             allow_untested=own is not None and own.allow_untested,
         )
-
-    def _unmoved(self) -> list[str]:
-        """What moves policies during a fit is left out: it would be another method."""
-        listed = as_list(self._get(self.config, "trainer")["callbacks"])
-        arguments = [callback.get("init_args") or {} for callback in listed]
-        moving = ("memory_budget", "fidelity_target")
-        found = [n for n in moving if any(given.get(n) is not None for given in arguments)]
-        return [f"without the configuration's {' and '.join(found)}"] if found else []
 
     def _pretrain_into(self, folder: Path, settings: Pretraining) -> None:
         self.pretrained_now = True
@@ -217,6 +221,12 @@ class ContestCLI(SageCLI):
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "notes": self.notes,
         }
+
+
+def _unmoved(own: SageCallback | None) -> list[str]:
+    """What moves policies during a fit is left out: it would be another method."""
+    moving = [] if own is None else own.settings.moving
+    return [f"without the configuration's {' and '.join(moving)}"] if moving else []
 
 
 def _first_device(devices: Any) -> Any:

@@ -43,6 +43,8 @@ class Parent:
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w", buffering=1)
+        # a process that is forked here would keep the pipe open when this one is gone
+        os.register_at_fork(after_in_child=self._out.close)
         # whatever is printed goes where the errors go
         os.dup2(2, 1)
         self.turns: list[list[float]] = []
@@ -154,10 +156,10 @@ class Child:
 
     def kill(self) -> None:
         """End it and what it has started; again is no error."""
-        if self._process.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        # what it has started may be there when it is gone itself
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             with suppress(BrokenPipeError):
                 self._pipe(stream).close()

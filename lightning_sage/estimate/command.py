@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from rich.table import Table
 
-from lightning_sage.cli import NOISE, SageCLI
+from lightning_sage.cli import NOISE, SageCLI, accept_arguments_of_fit
 from lightning_sage.configured import as_list, policy_of, sage_among
 from lightning_sage.estimate.prediction import TOKENS, YOURS, Estimate, Footprint, estimate
 
@@ -24,6 +24,7 @@ class _EstimateCLI(SageCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
+        accept_arguments_of_fit(parser)
         parser.add_argument(
             "--memory",
             type=str | None,
@@ -72,9 +73,11 @@ def main(argv: list[str]) -> None:
         warnings.filterwarnings("ignore", message)
     cli = _EstimateCLI(argv, run=False)
     trainer = cli.setting("trainer")
+    brought = as_list(cli.model.configure_callbacks())
     loading = getattr(cli.datamodule, "loading", None)
-    batch = cli.setting("batch") or getattr(loading, "batch_size", None)
-    length = cli.setting("length") or getattr(loading, "max_tokens", None)
+    batch, length = cli.setting("batch"), cli.setting("length")
+    batch = getattr(loading, "batch_size", None) if batch is None else batch
+    length = getattr(loading, "max_tokens", None) if length is None else length
     try:
         if batch is None or length is None:
             raise ValueError(
@@ -84,7 +87,7 @@ def main(argv: list[str]) -> None:
             cli.model,
             batch,
             length,
-            policy_of(trainer, sage_among(as_list(trainer["callbacks"]))),
+            policy_of(trainer, sage_among([*as_list(trainer["callbacks"]), *brought])),
             precision=trainer["precision"],
             memory=cli.setting("memory") or _card(),
             loss_tokens=cli.setting("loss_tokens"),

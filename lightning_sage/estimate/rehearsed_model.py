@@ -170,7 +170,7 @@ class RehearsedModel:
         """
         with self._surroundings():
             if isinstance(self.module, LightningModule):
-                out: Any = self.module.training_step(batch, 0)
+                out: Any = self._training_step(batch)
             else:
                 out = self.module(**batch)
         found = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", out)
@@ -180,6 +180,16 @@ class RehearsedModel:
                 "inputs=(batch, length) -> keywords with labels, or a LightningModule"
             )
         return found
+
+    def _training_step(self, batch: Mapping[str, Any]) -> Any:
+        try:
+            return self.module.training_step(batch, 0)  # type: ignore[operator]
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"training_step of {type(self.module).__name__} does not take a batch that is a "
+                f"mapping of {' and '.join(batch)} ({type(error).__name__}: {error}): call "
+                "lightning_sage.estimate.estimate(..., inputs=...) with a batch of its own"
+            ) from error
 
     @contextmanager
     def _surroundings(self) -> Iterator[None]:

@@ -206,19 +206,19 @@ def _blocks(run: Run) -> str:
     whole = Group(run.steps)
     columns: dict[str, list[str]] = {}
     if run.dense is not None:
-        columns["dense, MiB"] = [f"{number(value) / MIB:,.2f}" for value in run.dense]
-    columns["kept, MiB"] = [f"{value / MIB:,.3f}" for value in block_means(whole, "cached")]
-    columns["kept"] = [f"{value:.1%}" for value in block_means(whole, "kept")]
-    columns["replayed"] = [f"{value:.1%}" for value in block_means(whole, "replayed")]
+        columns["dense, MiB"] = [_cell(number(value) / MIB, ",.2f") for value in run.dense]
+    columns["kept, MiB"] = [_cell(x / MIB, ",.3f") for x in block_means(whole, "cached")]
+    columns["kept"] = [_cell(value, ".1%") for value in block_means(whole, "kept")]
+    columns["replayed"] = [_cell(value, ".1%") for value in block_means(whole, "replayed")]
     last = (run.fidelity[-1].get("blocks") or {}) if run.fidelity else {}
     if last:
         pairs = [last.get(name) or (None, None) for name in run.blocks]
-        columns["cosine, last"] = [f"{number(pair[0]):.3f}" for pair in pairs]
-        columns["norm ratio, last"] = [f"{number(pair[1]):.3f}" for pair in pairs]
+        columns["cosine, last"] = [_cell(number(pair[0]), ".3f") for pair in pairs]
+        columns["norm ratio, last"] = [_cell(number(pair[1]), ".3f") for pair in pairs]
     head = "".join(f'<th scope="col">{name}</th>' for name in ("block", *columns))
     rows = "".join(
         f'<tr><th scope="row">{escape(name)}</th>'
-        + "".join(f"<td>{cell.replace('nan', '')}</td>" for cell in cells)
+        + "".join(f"<td>{cell}</td>" for cell in cells)
         + "</tr>"
         for name, *cells in zip(run.blocks, *columns.values(), strict=True)
     )
@@ -227,6 +227,10 @@ def _blocks(run: Run) -> str:
         f'<div class="wide" tabindex="0" role="region" aria-label="Numbers of each block"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></details>"
     )
+
+
+def _cell(value: float, form: str) -> str:
+    return "" if math.isnan(value) else format(value, form)
 
 
 def _events(run: Run) -> str:

@@ -68,7 +68,9 @@ class Dial:
         odds = math.exp(_log_odds(getattr(selection, name)) + shift)
         value = odds / (1 + odds)
         moved = copy.copy(selection)
-        setattr(moved, name, self.most if value > _ALL else min(max(value, self.least), self.most))
+        # one below the bounds stays there rather than go up when all goes down
+        least = min(self.least, getattr(selection, name))
+        setattr(moved, name, self.most if value > _ALL else min(max(value, least), self.most))
         return moved
 
     def ends(self) -> tuple[float, float]:

@@ -54,8 +54,15 @@ class Step:
         """See :func:`lightning_sage.watch.probe.block_gradients`; nothing shows afterwards."""
         observed = self.batch if isinstance(self.batch, Mapping) else None
         self.installation.observe(observed)
+        parameters = list(self.module.parameters())
+        versions = [parameter._version for parameter in parameters]
         with undisturbed(self.module, self.module.device), _unlogged(self.module):
-            return block_gradients(self.installation, self._loss, policy, dense)
+            found = block_gradients(self.installation, self._loss, policy, dense)
+        if [parameter._version for parameter in parameters] != versions:
+            raise ValueError(
+                "training_step changes parameters in place, and did so for this look as well"
+            )
+        return found
 
     def _loss(self) -> Tensor:
         """What the module's `training_step` returns, in the trainer's precision."""

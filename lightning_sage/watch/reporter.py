@@ -50,7 +50,8 @@ class Reporter:
         self._trainer, self._module, self._installation = trainer, module, installation
         # asked on all ranks: it is broadcast
         folder = trainer.log_dir if trainer.loggers else None
-        here = folder is not None and trainer.is_global_zero
+        # as a path, the address of a store would be a folder here
+        here = folder is not None and "://" not in str(folder) and trainer.is_global_zero
         self._history = History(Path(str(folder)) / NAME) if here else None
         self._next_tokens = 0
         self._write("start", version=VERSION, **{**self._about(), **settings})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import torch
 from lightning.pytorch import Trainer
@@ -43,7 +44,9 @@ class StepRetry:
     def _make_closure(self, *args: Any, **kwargs: Any) -> Any:
         closure = type(self._loop)._make_closure(self._loop, *args, **kwargs)
         # without zero_grad, gradients of earlier batches are there, to which this one adds
-        closure.closure = self._repeated(closure.closure, closure._zero_grad_fn is None)
+        adds, run, there = closure._zero_grad_fn is None, type(closure).closure, ref(closure)
+        # without a cycle, in which the batch would stay until the collector comes
+        closure.closure = self._repeated(lambda *a, **k: run(there(), *a, **k), adds)
         return closure
 
     def _repeated(self, run: Callable[..., Any], adds: bool) -> Callable[..., Any]:

@@ -62,6 +62,7 @@ class Steering:
         self._retry: StepRetry | None = None
         self._worst: Tensor | None = None
         self._unseen = self._step = 0
+        self._retaken = False
         self._events: list[str] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -128,6 +129,10 @@ class Steering:
         budget = self.budget
         if budget is None:
             return False
+        if self._retaken:
+            # the peak is that of the try that failed, for which the budget was lowered
+            self._retaken, self._worst, self._unseen = False, None, 0
+            return False
         cached = sum(record.cached_bytes for record in records)
         own = peak if budget.on_device else torch.tensor(cached)
         self._worst = own if self._worst is None else torch.maximum(self._worst, own)
@@ -153,6 +158,7 @@ class Steering:
         decided = self.budget.lower()
         if decided is None:
             return False
+        self._retaken = True
         self._tell(f"a step ran out of memory and is taken again; {decided}", installation)
         return True
 

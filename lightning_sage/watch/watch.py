@@ -46,6 +46,12 @@ class Watching:
             )
         self.steering()
 
+    @property
+    def moving(self) -> list[str]:
+        """Arguments by which the policy is moved during a fit."""
+        names = ("memory_budget", "fidelity_target")
+        return [name for name in names if getattr(self, name) is not None]
+
     def steering(self) -> Steering:
         """What moves the policy of a new fit."""
         return Steering(
@@ -117,6 +123,8 @@ class Watch:
             self._cosines.append(reading.values["cosine"])
             if self._reporter is not None:
                 self._reporter.fidelity(reading)
+        # a block that will not run has done nothing
+        step.installation.session.records = {}
         if self.meters is not None:
             self.meters.batch_start(step.batch)
         self._started = perf_counter()
