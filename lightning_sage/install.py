@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lightning_sage import sharding
-from lightning_sage.arguments import ReplayError
+from lightning_sage.axes import ReplayError
 from lightning_sage.balance import Agreement
 from lightning_sage.block import sparse_forward
 from lightning_sage.buffers import buffers_kept
