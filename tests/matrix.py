@@ -1,27 +1,29 @@
 """The coverage matrix: what is asked of each transformers type, and how it is judged.
 
 `coverage.json` says what was found out about each type, by task: class A works as it is, B with an
-adaptation that its codes name, C cannot, for the reason given.
+adaptation that its codes name, C cannot, for the reason given. "refused" are those of class B that
+SAGE does not adapt to.
 """
 
 import contextlib
-import copy
 import functools
 import json
+import re
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import tiny
 from accuracy import parameter_gradients, scales
 from exact import in_double
-from lightning_sage import AllTokens, RandomTokens, SagePolicy, install
+from lightning_sage import AllTokens, RandomTokens, ReplayError, SagePolicy, install
 from oracle import oracle, replayed
 
 TABLE = json.loads((Path(__file__).parent / "coverage.json").read_text())
 TOLERANCE = 1e-7
-MODES = ("salient", "full")
 
 
 def entries(*classes):
@@ -37,27 +39,98 @@ def adaptations(task, name):
     return TABLE["B"].get(task, {}).get(name, "").split()
 
 
-@functools.lru_cache(maxsize=2)
-def built(task, name):
+@dataclass
+class Verdict:
+    """What came of an entry.
+
+    Attributes:
+        errors: By check, the error of the gradients; None where the check does not apply.
+        refused: By check, the message of SAGE's refusal.
+        wrong: What must not be: an error beyond the tolerance, another exception, or a refusal
+            that does not say which block, and what to do.
+        blocks: Names of the blocks that were replayed.
+        dense: Names of transformers' layers that were not.
+    """
+
+    errors: dict = field(default_factory=dict)
+    refused: dict = field(default_factory=dict)
+    wrong: list = field(default_factory=list)
+    blocks: list = field(default_factory=list)
+    dense: list = field(default_factory=list)
+
+    def note(self, label, check):
+        try:
+            self.errors[label] = error = check()
+        except (ReplayError, ValueError) as refusal:
+            self.refused[label] = str(refusal)
+            if not _says_enough(str(refusal)):
+                self.wrong.append(f"{label}: the refusal does not help: {refusal}")
+        except Exception as crash:
+            self.wrong.append(f"{label}: {type(crash).__name__}: {crash}")
+        else:
+            if error is not None and not error <= TOLERANCE:
+                self.wrong.append(f"{label}: gradients are off by {error:.1e}")
+
+
+def _says_enough(message):
+    """Whether a refusal names a block, or those that there are, and a way out."""
+    names = re.search(r"^block '|no block found|^blocks \[", message)
+    way = re.search(r"dense_blocks|blocks=|freeze|attention='salient'|to 0|switch", message)
+    return bool(names and way)
+
+
+def judge(task, name):
+    """Every check of an entry; what is refused at once is not asked again."""
+    verdict = Verdict()
+    some = RandomTokens(0.4)
+    paddings = (None,) if task == "image-cls" else ("right", "left")
+    for padding in paddings:
+        said = f", {padding} padding" if padding else ""
+        model, make_batch = _built(task, name)
+        case = Case(model, make_batch(padding=padding))
+        for mode in ("salient", "full"):
+            verdict.note(f"all, {mode}{said}", functools.partial(case.error_of_all, mode))
+            if verdict.refused and not verdict.errors:
+                return verdict
+            verdict.note(f"some, {mode}{said}", functools.partial(case.error_of_some, mode, some))
+        verdict.blocks, verdict.dense = case.blocks()
+        if padding == paddings[0]:
+            keep = functools.partial(case.error_of_some, "salient", 0.3)
+            verdict.note(f"by saliency{said}", keep)
+    adapted = _with_lora(task, name)
+    if adapted is not None:
+        case = Case(*adapted)
+        verdict.note("all, LoRA", functools.partial(case.error_of_all, "salient"))
+        verdict.note("some, LoRA", functools.partial(case.error_of_some, "salient", some))
+    return verdict
+
+
+def _built(task, name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return tiny.build(task, name)
 
 
-def with_lora(model):
+def _with_lora(task, name):
+    """The model with adapters on every linear layer, and a batch; None where peft has none."""
     import peft
 
+    model, make_batch = _built(task, name)
+    config = peft.LoraConfig(
+        r=4,
+        target_modules="all-linear",
+        init_lora_weights=False,  # B is not zero, so that A has a gradient
+        # routers that are a linear layer by class, and return more than one tensor
+        exclude_modules=[name for name, module in model.named_modules() if _has_forward(module)],
+    )
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        config = peft.LoraConfig(
-            r=4,
-            target_modules="all-linear",
-            init_lora_weights=False,  # B is not zero, so that A has a gradient
-            # routers that are a linear layer by class, and return more than one tensor
-            exclude_modules=[name for name, module in model.named_modules() if _has_forward(module)],
-        )
-        return peft.get_peft_model(copy.deepcopy(model), config).double()
+        try:
+            model = peft.get_peft_model(model, config)
+        except ValueError:
+            return None
+    return model.double(), make_batch(padding=None if task == "image-cls" else "right")
 
 
 def _has_forward(module):
@@ -107,6 +180,7 @@ class Case:
 
     def __init__(self, model, batch):
         self.model, self.batch = model, batch
+        self.replayed = set()
         with _embedded(model) as seen:
             self.value, self.dense = self.step()
         masks = [x for name, x in batch.items() if name.endswith("attention_mask")]
@@ -134,7 +208,14 @@ class Case:
         with install(self.model, SagePolicy(**{"replay": None, "sinks": 1} | fields)) as installed:
             installed.session.records = records = _EveryCall()
             value, gradients = self.step()
+            self.replayed |= {record.name for record in records.calls}
             return value, gradients, replayed(records.calls)
+
+    def blocks(self):
+        """Names of the blocks that were replayed, and of transformers' layers that were not."""
+        modules = self.model.named_modules()
+        layers = [name for name, x in modules if isinstance(x, GradientCheckpointingLayer)]
+        return sorted(self.replayed), [name for name in layers if name not in self.replayed]
 
     def expected(self, rows, mode):
         with oracle(self.model, rows, mode):
@@ -165,29 +246,3 @@ def largest_error(actual, expected):
     ]
     # max() would pass over a NaN
     return max(errors, key=lambda error: float("inf") if error != error else error)
-
-
-KEEPS = {"random": RandomTokens(0.4), "salient": 0.3}
-
-
-def checks(task, name):
-    """The checks of an entry: by name, a function that returns an error."""
-    model, make_batch = built(task, name)
-
-    @functools.cache
-    def case(padding, lora=False):
-        return Case(with_lora(model) if lora else model, make_batch(padding=padding))
-
-    paddings = (None,) if task == "image-cls" else ("right", "left")
-    found = {}
-    for padding in paddings:
-        for mode in MODES:
-            label = f"{padding or 'unpadded'}, {mode}"
-            found[f"{label}, all"] = lambda p=padding, m=mode: case(p).error_of_all(m)
-            found[f"{label}, some"] = lambda p=padding, m=mode: case(p).error_of_some(
-                m, RandomTokens(0.4)
-            )
-    found["salient tokens"] = lambda: case(paddings[0]).error_of_some("salient", 0.3)
-    found["LoRA, all"] = lambda: case(paddings[0], True).error_of_all("salient")
-    found["LoRA, some"] = lambda: case(paddings[0], True).error_of_some("salient", RandomTokens(0.4))
-    return found

@@ -216,11 +216,10 @@ FIELDS = {
 FIELDS |= {name: {"decoder_start_token_id": 0} for name in ("t5", "mt5", "umt5")}
 FIELDS |= {
     f"{name}_text": {"rope_parameters": _mrope()}
-    for name in ("qwen2_vl", "qwen2_5_vl", "glm4v", "glm_ocr", "glmga", "paddleocr_vl")
-    + ("qwen2_5_omni", "qwen3_omni_moe")
+    for name in ("qwen2_vl", "qwen2_5_vl", "glm4v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5_omni", "qwen3_omni_moe")
 }
 FIELDS["glm4v_moe_text"] = {"head_dim": 16, "rope_parameters": _mrope(partial_rotary_factor=0.5)}
-FIELDS |= {name: _SWIN for name in ("swin", "donut-swin", "maskformer-swin")}
+FIELDS |= dict.fromkeys(("swin", "donut-swin", "maskformer-swin"), _SWIN)
 FIELDS["swinv2"] = _SWIN | {"pretrained_window_sizes": [0, 0]}
 FIELDS |= {name: _stages((8, 16, 16, 16)) for name in ("convnext", "convnextv2")}
 FIELDS |= {

@@ -1,0 +1,46 @@
+"""Every transformers type, tiny: right to 1e-7 in float64, or refused by name. Never wrong.
+
+Types that stand for the others are tested by default, all of them with ``-m coverage``.
+"""
+
+
+import pytest
+
+import matrix
+
+# by task: every adaptation, every kind of input, the types that most people fine-tune
+REPRESENTATIVES = {
+    "causal-lm": """qwen2@window phi3 gemma cohere2 granite olmo2 smollm3 starcoder2 falcon@alibi
+        mixtral qwen3_moe deepseek_v3 hrm_text gpt_oss bloom gptj mpt gpt_neo ctrl doge xmod
+        llama4_text gemma3n_text@kvshare gemma4_text@kvshare qwen3_next jamba nemotron_h lfm2
+        granitemoehybrid phimoe mamba""",
+    "masked-lm": "roberta distilbert esm albert deberta-v2 squeezebert flaubert",
+    "seq-cls": "xlm-roberta deberta-v2 gpt2",
+    "seq2seq": "t5 bart mbart pegasus marian t5gemma2 switch_transformers prophetnet qwen2_audio",
+    "image-cls": "vit dinov2 siglip beit@relpos imagegpt swin resnet",
+    "image-text": "llava qwen2_5_vl",
+}
+
+
+def _entries():
+    for task, name in matrix.entries("A", "B", "C"):
+        stands = name in REPRESENTATIVES[task].split()
+        marks = [] if stands else pytest.mark.coverage
+        yield pytest.param(task, name, id=f"{task}-{name}", marks=marks)
+
+
+@pytest.mark.parametrize(("task", "name"), _entries())
+def test_a_type_is_right_or_refused(task, name):
+    verdict = matrix.judge(task, name)
+    assert not verdict.wrong
+    if matrix.class_of(task, name) != "C" and f"{task}:{name}" not in matrix.TABLE["refused"]:
+        assert not verdict.refused
+    else:
+        assert verdict.refused
+
+
+def test_the_representatives_stand_for_every_adaptation():
+    chosen = {(task, name) for task, names in REPRESENTATIVES.items() for name in names.split()}
+    assert chosen <= set(matrix.entries("A", "B", "C"))
+    codes = {code for entry in chosen for code in matrix.adaptations(*entry)}
+    assert codes == {code for entry in matrix.entries("B") for code in matrix.adaptations(*entry)}
