@@ -247,8 +247,8 @@ def _replay(
             handler = Replayer(job.seed, rows, cache.attention, picked)
             with job.modes_restored():
                 out = job.run(handler, *job.packed_call(rows, hidden, leaves))
-            job.forget_output()
-            found = _gradients(job, out, inputs, weighted.unsqueeze(0).to(out.dtype))
+                job.forget_output()
+                found = _gradients(job, out, inputs, weighted.unsqueeze(0).to(out.dtype))
     through = found.pop(0) if wants[0] else None
     # zeros and not None: sharding strategies wait for every rank's gradient
     others = inputs[len(inputs) - len(found) :]

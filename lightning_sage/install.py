@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_sage import sharding
+from lightning_sage import adapters, sharding
 from lightning_sage.arguments import ReplayError
 from lightning_sage.balance import Agreement
 from lightning_sage.block import sparse_forward
@@ -239,7 +239,7 @@ def install(
         )
     dense = policy.left_dense(len(blocks))
     wrapped = {n: m for i, (n, m) in enumerate(blocks.items()) if i not in dense}
-    for reason in sharding.conflicts(model, wrapped):
+    for reason in (*sharding.conflicts(model, wrapped), *adapters.conflicts(model)):
         if not allow_untested:
             raise ValueError(f"{reason}; allow_untested=True tries it nevertheless")
         warnings.warn(f"SAGE goes on because of allow_untested=True: {reason}", stacklevel=2)

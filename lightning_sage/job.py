@@ -71,7 +71,8 @@ class Job:
         self.B, self.T, self.C = hidden.shape
         self.dtype = hidden.dtype
         self.extra, self.shared = arguments.differentiable(), arguments.shared()
-        self.modes = [module.training for module in parts.modules]
+        self.modes = [_mode(module) for module in parts.modules]
+        self.hooks = _call_hooks(parts.modules)
         self.parameters = parts.trainable()
         self.versions = [parameter._version for parameter in parts.parameters]
         self.causal: list[bool] = []
@@ -122,8 +123,15 @@ class Job:
         """The parameters whose gradients are returned, as they are now.
 
         Raises:
-            RuntimeError: A parameter is not what the forward used.
+            RuntimeError: A parameter is not what the forward used, or a hook inside the block.
         """
+        if _call_hooks(self.parts.modules) != self.hooks:
+            raise ReplayError(
+                f"forward pre-hooks inside block '{self.wrapped.name}' came or went between its "
+                "forward and its backward pass, which then would not be of the same function. PEFT "
+                "puts such hooks on for one forward with adapter_names or task_ids: use "
+                "set_adapter, or leave the hooks where they are until the backward pass is over"
+            )
         now = self.parts.trainable()
         for x, y in zip(now, self.parameters, strict=True):
             # views that a sharding strategy lays anew are no parameters
@@ -141,19 +149,25 @@ class Job:
 
     @contextmanager
     def modes_restored(self) -> Iterator[None]:
-        """Train and eval modes of the forward, and whatever there is now afterwards."""
+        """Modes and adapters of the forward, and whatever there is now afterwards."""
         changed = [
-            (module, mode, module.training)
+            (module, mode, now)
             for module, mode in zip(self.parts.modules, self.modes, strict=True)
-            if module.training != mode
+            if (now := _mode(module)) != mode
         ]
+        # PEFT freezes the adapters that it switches off
+        frozen = [x for x in self.parameters if not x.requires_grad]
         try:
             for module, mode, _ in changed:
-                module.training = mode
+                _set_mode(module, mode)
+            for x in frozen:
+                x.requires_grad_(True)
             yield
         finally:
             for module, _, now in changed:
-                module.training = now
+                _set_mode(module, now)
+            for x in frozen:
+                x.requires_grad_(False)
 
     def output(self, hidden: Tensor) -> Any:
         """What the block returned, with `hidden` in the place of its hidden states."""
@@ -206,6 +220,30 @@ class Job:
         """What :func:`Job.leaves` was, from what `release` returned."""
         found = zip(self.shared, held, strict=True)
         return {i: x for i, x in found if x is not None} | self._pairs
+
+
+# what PEFT's layers ask besides: which adapters are active, and whether any is
+_SWITCHES = ("_active_adapter", "_disable_adapters")
+
+
+def _mode(module: nn.Module) -> tuple[Any, ...]:
+    """What decides, besides weights and arguments, how a module computes."""
+    own = module.__dict__
+    active, disabled = (own.get(name) for name in _SWITCHES)
+    return module.training, tuple(active) if isinstance(active, list) else active, disabled
+
+
+def _set_mode(module: nn.Module, mode: tuple[Any, ...]) -> None:
+    module.training, active, disabled = mode
+    values = list(active) if isinstance(active, tuple) else active, disabled
+    for name, value in zip(_SWITCHES, values, strict=True):
+        if value is not None:
+            module.__dict__[name] = value
+
+
+def _call_hooks(modules: list[nn.Module]) -> list[tuple[int, ...]]:
+    """The forward pre-hooks inside a block, by number; its own are called before SAGE is."""
+    return [tuple(module._forward_pre_hooks) for module in modules[1:] if module._forward_pre_hooks]
 
 
 def _refuse_others(leaves: list[Any], place: int, inputs: list[Any]) -> None:

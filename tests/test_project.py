@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "policy": {"torch", "selections", "sampling"},
     "presets": {"policy", "selections"},
     "memory_size": set(),
+    "adapters": {"torch"},
     "arguments": {"torch", "ops"},
     "buffers": {"torch"},
     "resume": {"torch"},
@@ -70,8 +71,8 @@ MAY_IMPORT = {
         "replay", "selections", "selfcheck", "session", "sharding", "wrapped",
     },
     "install": {
-        "torch", "arguments", "balance", "block", "buffers", "policy", "records", "session",
-        "sharding", "wrapped",
+        "torch", "adapters", "arguments", "balance", "block", "buffers", "policy", "records",
+        "session", "sharding", "wrapped",
     },
     "block_metric": {"torch", "torchmetrics"},
     "fidelity": {"torch", "block_metric"},
