@@ -42,7 +42,8 @@ def sparse_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # removed, while somebody who wrapped the block after us still calls here
         return type(block).forward(block, *args, **kwargs)
     if not torch.is_grad_enabled():
-        return wrapped.run(block, *args, **kwargs)
+        with wrapped.noting_touches(block.parameters() if wrapped.touched else ()):
+            return wrapped.run(block, *args, **kwargs)
     try:
         if getattr(block, "gradient_checkpointing", False):
             raise ReplayError(

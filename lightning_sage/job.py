@@ -74,7 +74,7 @@ class Job:
         self.modes = [_mode(module) for module in parts.modules]
         self.hooks = _call_hooks(parts.modules)
         self.parameters = parts.trainable()
-        self.versions = [parameter._version for parameter in parts.parameters]
+        self.versions = wrapped.versions(parts.parameters)
         self.causal: list[bool] = []
         self.valid_count = 0
         # rows that the policy would keep by itself, and what ranks agreed on
@@ -102,7 +102,8 @@ class Job:
         Raises:
             ReplayError: The block does not return hidden states, or other tensors with a gradient.
         """
-        with self.surroundings.restored(), tap(handler):
+        noting = self.wrapped.noting_touches(self.parts.parameters)
+        with self.surroundings.restored(), tap(handler), noting:
             output = self.wrapped.run(self.block, *args, **kwargs)
         # most return hidden states alone
         alone = isinstance(output, Tensor)
@@ -140,7 +141,7 @@ class Job:
                     f"a parameter of block '{self.wrapped.name}' was replaced after the forward "
                     "pass whose backward pass needs it"
                 )
-        if [parameter._version for parameter in self.parts.parameters] != self.versions:
+        if self.wrapped.versions(self.parts.parameters) != self.versions:
             raise RuntimeError(
                 f"a parameter of block '{self.wrapped.name}' was modified in place after the "
                 "forward pass whose backward pass needs it"
