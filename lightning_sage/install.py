@@ -138,12 +138,20 @@ class Installation:
 
     @property
     def unreached(self) -> list[str]:
-        """Trainable parameters of replayed blocks to which no replay has given a gradient yet."""
-        return [
-            f"{name}.{parameter}"
-            for name, block in self.blocks.items()
-            for parameter in sorted(block.__dict__[ATTRIBUTE].unreached or ())
-        ]
+        """Trainable parameters of replayed blocks to which no replay has given a gradient yet.
+
+        One that blocks share is reached where any of them reaches it.
+        """
+        missing: dict[str, int] = {}
+        reached: set[int] = set()
+        for name, block in self.blocks.items():
+            names = block.__dict__[ATTRIBUTE].unreached
+            for parameter, value in block.named_parameters() if names is not None else ():
+                if parameter in names:
+                    missing[f"{name}.{parameter}"] = id(value)
+                elif value.requires_grad:
+                    reached.add(id(value))
+        return [name for name, value in missing.items() if value not in reached]
 
     def check_gradients(self, where_torch_puts_them: bool = True) -> bool:
         """Whether the latest backward pass reached a block; if so, its parameters have gradients.
