@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lightning_sage import adapters, sharding
-from lightning_sage.arguments import ReplayError
+from lightning_sage.axes import ReplayError
 from lightning_sage.balance import Agreement
 from lightning_sage.block import sparse_forward
 from lightning_sage.buffers import buffers_kept
@@ -142,8 +142,7 @@ class Installation:
 
         One that blocks share is reached where any of them reaches it.
         """
-        missing: dict[str, int] = {}
-        reached: set[int] = set()
+        missing, reached = dict[str, int](), set[int]()
         for name, block in self.blocks.items():
             names = block.__dict__[ATTRIBUTE].unreached
             for parameter, value in block.named_parameters() if names is not None else ():

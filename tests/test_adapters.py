@@ -10,7 +10,7 @@ import torch
 import zoo
 from accuracy import assert_gradients_close, relative_error
 from lightning_sage import AllTokens, SagePolicy, TopMass, install
-from lightning_sage.arguments import ReplayError
+from lightning_sage.axes import ReplayError
 from lightning_sage.wrapped import ATTRIBUTE
 from steps import oracle_step, policy_of, run
 

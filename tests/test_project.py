@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "presets": {"policy", "selections"},
     "memory_size": set(),
     "adapters": {"torch"},
+    "modes": {"torch"},
     "arguments": {"torch", "ops"},
     "buffers": {"torch"},
     "resume": {"torch"},
@@ -62,8 +63,8 @@ MAY_IMPORT = {
     },
     "wrapped": {"torch", "arguments", "session"},
     "job": {
-        "torch", "arguments", "balance", "intercept", "ops", "records", "replay", "session",
-        "wrapped",
+        "torch", "arguments", "balance", "intercept", "modes", "ops", "records", "replay",
+        "session", "wrapped",
     },
     "selfcheck": {"torch", "arguments", "buffers", "intercept", "job", "memory", "ops", "replay"},
     "block": {
