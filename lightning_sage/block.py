@@ -44,7 +44,7 @@ def sparse_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # removed, while somebody who wrapped the block after us still calls here
         return type(block).forward(block, *args, **kwargs)
     if not torch.is_grad_enabled():
-        return wrapped.run(block, *args, **kwargs)
+        return _plain(block, wrapped, args, kwargs)
     try:
         if getattr(block, "gradient_checkpointing", False):
             raise ReplayError(
@@ -61,7 +61,7 @@ def sparse_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         hidden = arguments.leaves[arguments.hidden]
         extra = [arguments.leaves[i] for i in arguments.differentiable()]
         if not (parts.slots or extra or hidden.requires_grad):
-            return wrapped.run(block, *args, **kwargs)
+            return _plain(block, wrapped, args, kwargs)
         if wrapped.nested is None:
             wrapped.nested = sharding.inside(block)
         if wrapped.nested:
@@ -80,6 +80,13 @@ def sparse_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if error.args and str(error).startswith("block '"):
             raise
         raise ReplayError(f"block '{wrapped.name}' ({type(block).__name__}): {error}") from error
+
+
+def _plain(
+    block: nn.Module, wrapped: Wrapped, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    with wrapped.noting_touches(block.parameters() if wrapped.touched else ()):
+        return wrapped.run(block, *args, **kwargs)
 
 
 def _keep_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
@@ -246,10 +253,10 @@ def _replay(
             weighted = ops.gather_rows(grad, rows.index, weights)
             handler = Replayer(job.seed, rows, cache.attention, picked)
             handler.positions = rows.token if job.learned.positional else None
-            with job.modes_restored():
+            with job.modes.restored(job.parameters):
                 out = job.run(handler, *job.packed_call(rows, hidden, leaves))
-            job.forget_output()
-            found = _gradients(job, out, inputs, weighted.unsqueeze(0).to(out.dtype))
+                job.forget_output()
+                found = _gradients(job, out, inputs, weighted.unsqueeze(0).to(out.dtype))
     through = found.pop(0) if wants[0] else None
     # zeros and not None: sharding strategies wait for every rank's gradient
     others = inputs[len(inputs) - len(found) :]
