@@ -62,7 +62,7 @@ def _weights(record):
 
 @contextmanager
 def oracle(model, rows, attention):
-    """Give `model`, inside, the gradient over `rows`: by block, one `Rows` for each of its calls."""
+    """Give `model`, inside, the gradient over `rows`: of a block, one `Rows` for each call."""
     watch, calls = _Watch(attention), {}
     for r in rows:
         calls.setdefault(r.name, []).append(r)

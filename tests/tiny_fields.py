@@ -214,10 +214,8 @@ FIELDS = {
     "zaya": {"num_experts_per_tok": 1},
 }
 FIELDS |= {name: {"decoder_start_token_id": 0} for name in ("t5", "mt5", "umt5")}
-FIELDS |= {
-    f"{name}_text": {"rope_parameters": _mrope()}
-    for name in ("qwen2_vl", "qwen2_5_vl", "glm4v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5_omni", "qwen3_omni_moe")
-}
+_MROPE = "qwen2_vl qwen2_5_vl glm4v glm_ocr glmga paddleocr_vl qwen2_5_omni qwen3_omni_moe"
+FIELDS |= {f"{name}_text": {"rope_parameters": _mrope()} for name in _MROPE.split()}
 FIELDS["glm4v_moe_text"] = {"head_dim": 16, "rope_parameters": _mrope(partial_rotary_factor=0.5)}
 FIELDS |= dict.fromkeys(("swin", "donut-swin", "maskformer-swin"), _SWIN)
 FIELDS["swinv2"] = _SWIN | {"pretrained_window_sizes": [0, 0]}
