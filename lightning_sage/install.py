@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import sys
-import types
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -16,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_sage import sharding
+from lightning_sage import sharding, towers
 from lightning_sage.arguments import ReplayError
 from lightning_sage.balance import Agreement
 from lightning_sage.block import sparse_forward
@@ -32,7 +30,8 @@ def find_blocks(model: nn.Module, policy: SagePolicy) -> dict[str, nn.Module]:
 
     Args:
         model: Any module.
-        policy: Its `blocks` names them; None finds transformers' `GradientCheckpointingLayer`.
+        policy: Its `blocks` names them; None finds transformers' `GradientCheckpointingLayer`,
+            but for those whose samples come packed into one row.
 
     Raises:
         ValueError: There are none; the message lists what was seen.
@@ -44,8 +43,7 @@ def find_blocks(model: nn.Module, policy: SagePolicy) -> dict[str, nn.Module]:
         if not isinstance(module, torch._dynamo.OptimizedModule)
     ]
     if policy.blocks is None:
-        layers = sys.modules.get("transformers.modeling_layers")
-        found = {n: m for n, m in modules if layers and _is_layer(m, layers)}
+        found, _ = towers.layers(modules)
     elif callable(policy.blocks):
         accept = policy.blocks
         found = {n: m for n, m in modules if n and accept(m, n)}
@@ -68,10 +66,6 @@ def _matches(name: str, pattern: str) -> bool:
     return len(parts) == len(globs) and all(map(fnmatch.fnmatchcase, parts, globs))
 
 
-def _is_layer(module: nn.Module, layers: types.ModuleType) -> bool:
-    return isinstance(module, layers.GradientCheckpointingLayer)
-
-
 def _nothing_found(model: nn.Module, policy: SagePolicy) -> str:
     lists = {
         name: f"{len(module)} x {type(module[0]).__name__}"
@@ -80,7 +74,8 @@ def _nothing_found(model: nn.Module, policy: SagePolicy) -> str:
     }
     example = max(lists, default="layers")
     seen = Counter(type(m).__name__ for m in model.modules()).most_common(12)
-    wanted = "a transformers layer" if policy.blocks is None else f"blocks={policy.blocks!r}"
+    blocks = policy.blocks
+    wanted = "a transformers layer [B, T, C]" if blocks is None else f"{blocks=}"
     return (
         f"no block found: nothing in {type(model).__name__} is {wanted}. Name the blocks, as in "
         f"SagePolicy(blocks=['{example}.*']). Lists of modules: "
@@ -243,6 +238,8 @@ def install(
         if not allow_untested:
             raise ValueError(f"{reason}; allow_untested=True tries it nevertheless")
         warnings.warn(f"SAGE goes on because of allow_untested=True: {reason}", stacklevel=2)
+    if policy.blocks is None:
+        towers.tell_of_packed(model)
     session = Session(replace(policy, blocks=None))
     session.measure_dense = measure_dense
     last_chooser = math.ceil(len(wrapped) / 10) - 1

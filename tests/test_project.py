@@ -69,9 +69,10 @@ MAY_IMPORT = {
         "torch", "arguments", "balance", "cache", "facts", "job", "ops", "packing", "records",
         "replay", "selections", "selfcheck", "session", "sharding", "wrapped",
     },
+    "towers": {"torch"},
     "install": {
         "torch", "arguments", "balance", "block", "buffers", "policy", "records", "session",
-        "sharding", "wrapped",
+        "sharding", "towers", "wrapped",
     },
     "block_metric": {"torch", "torchmetrics"},
     "fidelity": {"torch", "block_metric"},
