@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_sage import ops
+from lightning_sage import ops, towers
 from lightning_sage.arguments import ReplayError
 from lightning_sage.balance import Agreement, Budget, fit_kept
 from lightning_sage.facts import Facts, Judged
@@ -118,7 +118,7 @@ class Session:
         # torch calls no hook after a KeyboardInterrupt: a module is never inside itself
         if not self._inside or module in self._inside:
             self._reset()
-        said = self._told().copy()
+        said = towers.handed_on(self._told(), args, kwargs)
         self._inside[module] = said
         if torch.is_grad_enabled():
             _refuse_requests(getattr(module, "config", None), kwargs)
@@ -141,18 +141,19 @@ class Session:
 
     def _told(self) -> dict[str, Any]:
         """What the innermost module that is being called was told."""
-        return next(reversed(self._inside.values()), {})
+        return next(reversed(self._inside.values()), towers.handed_on({}, (), self.batch))
 
     def _heard(self, name: str) -> Any:
-        value = self._told().get(name)
-        return value if value is not None else self.batch.get(name)
+        told = self._told()
+        return told[name] if name in told else self.batch.get(name)
 
     def facts(self, hidden: Tensor) -> Facts:
         """What is known of the batch whose hidden states ``[B, T, C]`` these are."""
         B, T, _ = hidden.shape
         mask, labels = self._heard("attention_mask"), self._heard("labels")
         versions = (x._version if isinstance(x, Tensor) else None for x in (mask, labels))
-        heard = (B, T, hidden.device, mask, labels, self._heard("owner"), *versions)
+        told = map(self._heard, ("owner", "tower"))
+        heard = (B, T, hidden.device, mask, labels, *told, *versions)
         for known in self._facts:
             if known.about(heard):
                 return known
@@ -198,7 +199,9 @@ class Session:
         Raises:
             ValueError: `queries="labels"` and no token labels are known.
         """
-        queries, labels = self.policy.queries, self._heard("labels")
+        # what a tower hands on is read patch by patch
+        queries = "all" if self._heard("tower") else self.policy.queries
+        labels = self._heard("labels")
         per_token = isinstance(labels, Tensor) and labels.shape == valid.shape
         per_token = per_token and not labels.is_floating_point()
         order = valid.long().cumsum(-1)
@@ -212,10 +215,13 @@ class Session:
             return last, last
         if queries == "all" or not isinstance(labels, Tensor):
             return valid, valid
+        if not per_token and labels.dim() > (2 if labels.is_floating_point() else 1):
+            # labels of pixels, or of another sequence
+            return valid, valid
         if not per_token:
             return (last, last) if causal else (valid, valid & (order == 1))
         labelled = labels.to(valid.device) != -100
-        owner = self._heard("owner") or ""
+        owner = self._heard("owner") or " ".join(type(module).__name__ for module in self._inside)
         # a prefix that is seen both ways leaves a language model's labels shifted
         causal = causal or any(kind in owner for kind in ("CausalLM", "ConditionalGeneration"))
         if causal and "TokenClassification" not in owner:

@@ -1,15 +1,20 @@
-"""transformers' layers, told apart: those that take samples, and towers that take them packed."""
+"""Towers for images and sound: which of them take samples packed, and what is not said to them."""
 
 from __future__ import annotations
 
 import inspect
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+# keywords under which transformers hands over images and sound
+MEDIA = ("pixel_values", "input_features", "input_values")
+# what is said of the tokens of a batch
+ABOUT_TOKENS = ("labels", "owner", "attention_mask")
 
 
 def layers(
@@ -48,3 +53,40 @@ def tell_of_packed(model: nn.Module) -> None:
             "in one row and are left dense; freeze them, or let them save what a dense step saves",
             stacklevel=3,
         )
+
+
+def handed_on(
+    told: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a module hears of what its caller was told.
+
+    Labels and padding of tokens are not about the patches of an image or the frames of a sound,
+    however many there are: a tower that is called with these from a model of tokens hears nothing.
+
+    Args:
+        told: What the caller was told, labels and padding among it.
+        args: What the module is called with.
+        kwargs: Likewise.
+    """
+    reads = _reads(args, kwargs) or told.get("reads")
+    if reads == "media" and told.get("reads") == "tokens":
+        return {"reads": reads, "tower": True} | dict.fromkeys(ABOUT_TOKENS)
+    return {**told, "reads": reads}
+
+
+def _reads(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+    """`tokens`, `media` (images, sound), or None where neither is seen."""
+    named = {str(name) for name, x in kwargs.items() if isinstance(x, Tensor)}
+    labels, ids = kwargs.get("labels"), ("input_ids", "inputs_embeds")
+    # labels for each token: of a decoder whose tokens are made from them, if of no other
+    written = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
+    if written or any(name.endswith(ids) for name in named):
+        return "tokens"
+    first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+    if first is None:
+        return None
+    if not first.is_floating_point():
+        return "tokens"
+    # [B, C, H, W] of a model that has other names for it
+    media = first.dim() > 3 or any(name.startswith(MEDIA) for name in named)
+    return "media" if media else None

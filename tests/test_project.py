@@ -48,6 +48,7 @@ MAY_IMPORT = {
     "sharding": {"torch"},
     "records": {"torch"},
     "memory": {"torch"},
+    "towers": {"torch"},
     "masks": {"torch", "ops"},
     "packing": {"torch", "ops"},
     "intercept": {"torch", "arguments"},
@@ -57,7 +58,7 @@ MAY_IMPORT = {
     "saliency": {"torch", "facts", "ops", "replay"},
     "session": {
         "torch", "arguments", "balance", "facts", "masks", "ops", "policy", "records", "replay",
-        "saliency", "selections",
+        "saliency", "selections", "towers",
     },
     "wrapped": {"torch", "arguments", "session"},
     "job": {
@@ -69,7 +70,6 @@ MAY_IMPORT = {
         "torch", "arguments", "balance", "cache", "facts", "job", "ops", "packing", "records",
         "replay", "selections", "selfcheck", "session", "sharding", "wrapped",
     },
-    "towers": {"torch"},
     "install": {
         "torch", "arguments", "balance", "block", "buffers", "policy", "records", "session",
         "sharding", "towers", "wrapped",
