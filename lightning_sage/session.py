@@ -126,7 +126,8 @@ class Session:
             if len(self._inside) == 1:
                 _refuse_cache(kwargs)
         labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
-        if isinstance(labels, Tensor):
+        # a model may hand its labels on: they stay its own
+        if isinstance(labels, Tensor) and labels is not said.get("labels"):
             said |= {"labels": labels, "owner": type(module).__name__}
         # an encoder is handed the mask of pairs under the same name
         if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -141,7 +142,8 @@ class Session:
 
     def _told(self) -> dict[str, Any]:
         """What the innermost module that is being called was told."""
-        return next(reversed(self._inside.values()), towers.handed_on({}, (), self.batch))
+        told = next(reversed(self._inside.values()), None)
+        return towers.handed_on({}, (), self.batch) if told is None else told
 
     def _heard(self, name: str) -> Any:
         told = self._told()

@@ -80,13 +80,15 @@ def _reads(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
     labels, ids = kwargs.get("labels"), ("input_ids", "inputs_embeds")
     # labels for each token: of a decoder whose tokens are made from them, if of no other
     written = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
-    if written or any(name.endswith(ids) for name in named):
+    placed = [x for x in args if isinstance(x, Tensor)]
+    counted = bool(placed) and not placed[0].is_floating_point()
+    if written or counted or any(name.endswith(ids) for name in named):
         return "tokens"
-    first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-    if first is None:
+    if any(name.startswith(MEDIA) for name in named):
+        return "media"
+    others = (x for name, x in kwargs.items() if name != "labels" and isinstance(x, Tensor))
+    first = next(iter((*placed, *others)), None)
+    if first is None or (first.is_floating_point() and first.dim() < 4):
         return None
-    if not first.is_floating_point():
-        return "tokens"
     # [B, C, H, W] of a model that has other names for it
-    media = first.dim() > 3 or any(name.startswith(MEDIA) for name in named)
-    return "media" if media else None
+    return "media" if first.is_floating_point() else "tokens"
