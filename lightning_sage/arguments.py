@@ -1,96 +1,24 @@
-"""What a block is called with: which arguments run along the tokens, and how to pack their rows.
-
-The token axis of an argument is known from its name and rank, never from "a dimension equal to T":
-head widths, hidden widths and batches equal T often enough. What stays ambiguous is an error.
-"""
+"""What a block is called with, taken apart: its hidden states, and what runs along their tokens."""
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_sage.axes import (
+    OTHERS,
+    Axis,
+    ReplayError,
+    axis_of,
+    axis_of_other,
+    packed_argument,
+)
 from lightning_sage.ops import Rows
-
-
-class ReplayError(RuntimeError):
-    """A block that cannot be replayed on some of its rows; the message names it and says why."""
-
-
-# arguments of these names are keys and values from elsewhere
-CROSS = ("encoder_hidden_states", "cross_attention_states")
-
-
-class Axis(Enum):
-    """Where the tokens of an argument are."""
-
-    NONE = "none"  # not along the tokens: passed on as it is
-    FIRST = "first"  # [T, ...]
-    BATCHED = "batched"  # [B | 1, T, ...]
-    SECOND = "second"  # [H, B | 1, T] or [B | 1, H | 1, T, D]: tokens on axis 2
-    PAIRS = "pairs"  # [..., T, T]: a mask, whose rows and columns attention gathers by itself
-
-
-def _axis(name: str, x: Tensor, B: int, T: int) -> Axis:
-    """The rule, by name and rank.
-
-    Raises:
-        ReplayError: The axis cannot be told.
-    """
-    shape, batched = tuple(x.shape), x.dim() > 0 and x.shape[0] in (B, 1)
-    if x.dim() == 0 or T not in shape or "cu_seq" in name:
-        return Axis.NONE
-    if x.dim() == 1 and T != B:
-        return Axis.FIRST
-    if x.dim() == 2 and batched and shape[1] == T:
-        return Axis.BATCHED
-    if x.dim() == 2 and shape[0] == T and shape[1] != T:
-        return Axis.FIRST
-    if x.dim() == 3 and batched and shape[1] == T:
-        pairs = shape[2] == T and ("mask" in name or not x.is_floating_point())
-        return Axis.PAIRS if pairs else Axis.BATCHED
-    if x.dim() == 3 and not x.is_floating_point() and shape[1] in (B, 1) and shape[2] == T:
-        return Axis.SECOND
-    if x.dim() in (3, 4) and shape[-2:] == (T, T):
-        return Axis.PAIRS
-    if x.dim() == 4 and batched and shape[3] == T and ("mask" in name or shape[2] == 1):
-        return Axis.PAIRS
-    if x.dim() == 4 and batched and shape[2] == T:
-        return Axis.SECOND
-    raise ReplayError(
-        f"argument '{name}' of shape {list(shape)} has an axis of the length of the sequence "
-        f"({T}, batch {B}), but which axis holds the tokens cannot be told: leave this block dense "
-        "(SagePolicy(dense_blocks=...)) or change the batch size or length so that they differ"
-    )
-
-
-def _packed(x: Tensor, axis: Axis, rows: Rows) -> Tensor:
-    """`x` for the packed rows: a batch of one, N long."""
-    n, T, sample, token = len(rows), rows.T, rows.sample, rows.token
-    match axis:
-        case Axis.FIRST:
-            return x.index_select(0, token)
-        case Axis.BATCHED if x.shape[0] == 1:
-            return x.index_select(1, token)
-        case Axis.BATCHED:
-            return x.flatten(0, 1).index_select(0, rows.index).unsqueeze(0)
-        case Axis.SECOND if x.dim() == 3:
-            return x[:, sample if x.shape[1] > 1 else 0, token].unsqueeze(1)
-        case Axis.SECOND:
-            picked = x[0][:, token] if x.shape[0] == 1 else x[sample, :, token].movedim(0, 1)
-            return picked.unsqueeze(0)
-        case Axis.PAIRS:
-            # attention ignores it; its shape keeps the block on the same branch
-            size = [1 if d == 0 else m for d, m in enumerate(x.shape)]
-            size[-2:] = [n if m == T else m for m in size[-2:]]
-            return x.new_full((), x.dtype == torch.bool).expand(size)
-    return x
 
 
 def _without_cache(name: str, value: Any, layer: int) -> Any:
@@ -126,6 +54,8 @@ class Arguments:
         names: By index of the leaf.
         spec: Puts leaves together again.
         hidden: Index of the hidden states ``[B, T, C]``.
+        others: Tokens of the other sequence that the block attends to, or 0.
+        real: Indices of masks and biases whose entries a replay has to see.
     """
 
     leaves: list[Any]
@@ -133,6 +63,8 @@ class Arguments:
     names: list[str]
     spec: pytree.TreeSpec
     hidden: int
+    others: int = 0
+    real: set[int] = field(default_factory=set)
 
     @classmethod
     def of(cls, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -159,22 +91,18 @@ class Arguments:
                 f"its first tensor is not hidden states [B, T, C] but {shown}: leave it dense with "
                 "dense_blocks, or name other blocks with blocks"
             )
-        cross = [names[i] for i in tensors if names[i].startswith(CROSS)]
-        if cross:
-            raise ReplayError(
-                f"argument '{cross[0]}' is for cross-attention, which is not replayed yet: leave "
-                "the decoder's blocks dense with dense_blocks"
-            )
         B, T, _ = leaves[hidden].shape
-        axes = {i: _axis(names[i], x, B, T) for i, x in enumerate(leaves) if isinstance(x, Tensor)}
+        others = [leaves[i].shape[1] for i in tensors if _is_states(names[i], leaves[i])]
+        S = others[0] if others else 0
+        axes = {
+            i: axis_of_other(names[i], leaves[i], B, S)
+            if S and names[i].startswith(("encoder", "cross"))
+            else axis_of(names[i], leaves[i], B, T)
+            for i in tensors
+        }
         axes[hidden] = Axis.BATCHED
-        for i, axis in axes.items():
-            if axis is Axis.PAIRS and leaves[i].requires_grad:
-                raise ReplayError(
-                    f"argument '{names[i]}' is a mask or bias that requires grad, which a "
-                    "replay of some rows cannot give: freeze it"
-                )
-        return cls(leaves, axes, names, spec, hidden)
+        real = {i for i, axis in axes.items() if axis.of_pairs and leaves[i].requires_grad}
+        return cls(leaves, axes, names, spec, hidden, S, real)
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -183,7 +111,12 @@ class Arguments:
         switches = (x for x in self.leaves if isinstance(x, str | bool))
         # longer by a power of two: positions may start to matter
         hidden = self.leaves[self.hidden]
-        return (*tensors, *switches, hidden.dtype, hidden.shape[1].bit_length())
+        lengths = hidden.shape[1].bit_length(), self.others == hidden.shape[1]
+        return (*tensors, *switches, hidden.dtype, *lengths)
+
+    def need_pairs(self) -> None:
+        """From now on a replay sees the entries of masks and biases, and not their shape alone."""
+        self.real.update(i for i, axis in self.axes.items() if axis.of_pairs)
 
     def mask(self) -> Tensor | None:
         """The argument that masks pairs of tokens, ``[B | 1, H | 1, T | 1, T]``."""
@@ -214,7 +147,11 @@ class Arguments:
 
     def packed(self, i: int, x: Tensor, rows: Rows) -> Tensor:
         """Leaf i, given as `x`, for the packed rows."""
-        return _packed(x, self.axes[i], rows)
+        return packed_argument(x, self.axes[i], rows, i in self.real)
+
+
+def _is_states(name: str, x: Tensor) -> bool:
+    return name.startswith(OTHERS) and x.dim() == 3
 
 
 def _leaves(x: Any) -> Any:

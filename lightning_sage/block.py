@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_sage import ops, selfcheck, sharding
-from lightning_sage.arguments import Arguments, ReplayError
+from lightning_sage.arguments import Arguments
+from lightning_sage.axes import ReplayError
 from lightning_sage.balance import fit_replayed, least
 from lightning_sage.cache import SparseCache
 from lightning_sage.facts import Facts
@@ -17,7 +18,8 @@ from lightning_sage.job import Job, Surroundings
 from lightning_sage.ops import Rows
 from lightning_sage.packing import store
 from lightning_sage.records import BlockRecord
-from lightning_sage.replay import Kept, PackedForward, Replayer, keep_attention
+from lightning_sage.replay import PackedForward, Replayer
+from lightning_sage.seen import Kept
 from lightning_sage.selections import Selection
 from lightning_sage.session import REPLAY_STREAM
 from lightning_sage.wrapped import ATTRIBUTE, Parts, Wrapped, hooks_off
@@ -71,8 +73,9 @@ def sparse_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
             wrapped.session.probe.note(wrapped.name, job.parameters, job.seed)
         # something has to require grad where frozen embeddings enter a block that is trained
         anchor = [torch.zeros((), requires_grad=True)] if wrapped.nested else []
+        outlets = job.with_outlets()
         out = _Sparse.apply(job, hidden, *extra, *job.parameters, *anchor)
-        return job.output(out)
+        return job.output(out, outlets)
     except ReplayError as error:
         if error.args and str(error).startswith("block '"):
             raise
@@ -83,7 +86,7 @@ def _keep_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
     """Dense forward; keeps rows by the policy."""
     session, wrapped, policy = job.session, job.wrapped, job.session.policy
     facts = session.facts(hidden)
-    recorder = session.recorder(job.seed, facts)
+    recorder = session.recorder(job.seed, facts, job.crossing)
     out = job.run(recorder, *job.arguments.call())
     choice = session.choose(wrapped.name, facts, recorder.seen, job.seed)
     kept, rows, scores, job.wanted, job.budget = choice
@@ -95,10 +98,7 @@ def _keep_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
     cache = SparseCache(
         rows.index,
         store(hidden, rows, policy.cache_dtype),
-        [
-            keep_attention(seen, rows, policy.attention == "full", policy.cache_dtype)
-            for seen in recorder.seen
-        ],
+        [x.keep(rows, policy.attention == "full", policy.cache_dtype) for x in recorder.seen],
     )
     replayer = policy.replayer
     if scores is not None and replayer is not None and replayer.saliency_in_replay:
@@ -154,7 +154,7 @@ class _Sparse(torch.autograd.Function):
         out, cache = (_skip_rows if skips else _keep_rows)(job, hidden)
         if out is hidden:
             raise ReplayError("it returns its input")
-        tensors, job.causal = cache.taken_apart()
+        tensors, job.attentions = cache.taken_apart()
         ctx.save_for_backward(*tensors, *job.release())
         ctx.job, ctx.held = job, len(tensors)
         return out
@@ -164,7 +164,7 @@ class _Sparse(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         job: Job = ctx.job
         saved = ctx.saved_tensors
-        cache = SparseCache.put_together(saved[: ctx.held], job.causal)
+        cache = SparseCache.put_together(saved[: ctx.held], job.attentions)
         leaves = job.restored(saved[ctx.held :])
         wants = ctx.needs_input_grad[1:]
         grads = _replay(job, cache, leaves, grad, wants)
@@ -245,6 +245,7 @@ def _replay(
         if len(rows):
             weighted = ops.gather_rows(grad, rows.index, weights)
             handler = Replayer(job.seed, rows, cache.attention, picked)
+            handler.positions = rows.token if job.learned.positional else None
             with job.modes_restored():
                 out = job.run(handler, *job.packed_call(rows, hidden, leaves))
             job.forget_output()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_sage.ops import Visibility
 from lightning_sage.packing import Stored
-from lightning_sage.replay import Kept
+from lightning_sage.seen import Kept
 
 _NOTHING = (None, None)
 
@@ -44,23 +44,26 @@ class SparseCache:
         plain = sum(x.numel() * x.element_size() for x in own if x is not None)
         return plain + sum(x.nbytes for x in stored)
 
-    def taken_apart(self) -> tuple[list[Tensor | None], list[bool]]:
-        """Everything held, for `save_for_backward`, and the causality of each attention call."""
+    def taken_apart(self) -> tuple[list[Tensor | None], list[tuple[bool, int, int]]]:
+        """Everything held, for `save_for_backward`, and what else tells attention calls apart."""
         tensors = [self.index, *self.hidden, self.saliency, self.probability]
         for kept in self.attention:
             k, v, sight = kept.k or _NOTHING, kept.v or _NOTHING, kept.visible
             tensors += [*kept.out, kept.lse, *k, *v, kept.keys]
             tensors += [sight.first, sight.stop, sight.keys, sight.mask]
-        return tensors, [kept.visible.causal for kept in self.attention]
+        return tensors, [(x.visible.causal, x.others, x.number) for x in self.attention]
 
     @classmethod
-    def put_together(cls, tensors: Sequence[Any], causal: list[bool]) -> SparseCache:
+    def put_together(
+        cls, tensors: Sequence[Any], known: Sequence[tuple[bool, int, int]]
+    ) -> SparseCache:
         """The cache that was :meth:`taken_apart`."""
         index, values, scale, saliency, probability, *rest = tensors
         attention = []
-        for i, ordered in enumerate(causal):
+        for i, (causal, others, number) in enumerate(known):
             out, out_scale, lse, k, k_scale, v, v_scale, keys, *sight = rest[12 * i : 12 * i + 12]
-            found = Kept(Stored(out, out_scale), lse, Visibility(ordered, *sight), keys=keys)
+            found = Kept(Stored(out, out_scale), lse, Visibility(causal, *sight), keys=keys)
+            found = found._replace(others=others, number=number)
             if k is not None:
                 found = found._replace(k=Stored(k, k_scale), v=Stored(v, v_scale))
             attention.append(found)

@@ -64,10 +64,11 @@ class Facts:
         """Whether any token is padding."""
         return self.count < len(self.every)
 
-    def key_rows(self, visible: Visibility) -> Rows:
-        """The tokens that are seen at all."""
+    def key_rows(self, visible: Visibility, others: int | None = None) -> Rows:
+        """The tokens that are seen at all, of a sequence that has `others` if it is another one."""
         if visible.keys is None:
-            return self.every
+            every = self.every
+            return every if others is None else Rows.every(every.B, others, every.index.device)
         for known, rows in self.keys:
             if known is visible.keys:
                 return rows

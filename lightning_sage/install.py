@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lightning_sage import sharding, towers
-from lightning_sage.arguments import ReplayError
+from lightning_sage.axes import ReplayError
 from lightning_sage.balance import Agreement
 from lightning_sage.block import sparse_forward
 from lightning_sage.buffers import buffers_kept

@@ -2,7 +2,8 @@
 
 Attention is seen through transformers' `AttentionInterface.get_interface` (the model keeps its own
 implementation; softcap and unrepeated keys arrive as arguments) and through
-`F.scaled_dot_product_attention`; dropout through `F.dropout`. Nothing is active outside `Tap`.
+`F.scaled_dot_product_attention`; weights made by hand are followed from softmax to product; dropout
+through `F.dropout`. Nothing is active outside `Tap`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_sage.arguments import ReplayError
+from lightning_sage.axes import ReplayError
+from lightning_sage.follow import Follower, Weigher
 
 
 @dataclass
@@ -38,6 +40,7 @@ class AttentionCall:
         run: The model's own computation, without dropout, ``[B, H, T, Dv]``; None where it is
             PyTorch's SDPA.
         repeated: Keys and values as SDPA was given them, ``[B, H, T, D]`` where grouped.
+        sinks: ``[H]``, logits of a key without a value, which every query sees; or None.
     """
 
     q: Tensor
@@ -50,10 +53,17 @@ class AttentionCall:
     dropout: float = 0.0
     run: Callable[[], Tensor] | None = None
     repeated: tuple[Tensor, Tensor] | None = None
+    sinks: Tensor | None = None
 
 
-class Handler(Protocol):
-    """What happens at an attention and at a dropout."""
+class Handler(Weigher, Protocol):
+    """What happens at an attention and at a dropout.
+
+    Attributes:
+        positions: ``[N]`` int64, where the tokens of a replay stand, for blocks that count them.
+    """
+
+    positions: Tensor | None
 
     def attention(self, call: AttentionCall) -> Tensor:
         """Output of an attention, ``[B, H, T, Dv]``."""
@@ -78,7 +88,9 @@ class Tap(TorchFunctionMode):
     def __init__(self, handler: Handler) -> None:
         super().__init__()
         self.handler = handler
+        self.follower = Follower(handler)
         self._shown: tuple[Tensor, Tensor, Tensor] | None = None
+        self._inside = False
 
     def __enter__(self) -> Tap:
         self._outer, _current.tap = _current.tap, self
@@ -91,6 +103,8 @@ class Tap(TorchFunctionMode):
         if self._routed:
             _unpatch_interface()
         _current.tap = self._outer
+        if exc[0] is None:
+            self.follower.finish()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -99,8 +113,22 @@ class Tap(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self._sdpa(*args, **kwargs)
         if func is F.dropout:
-            return self._dropout(*args, **kwargs)
+            followed = self.follower.see(func, args, kwargs)
+            return followed if followed is not NotImplemented else self._dropout(*args, **kwargs)
+        if func is torch.arange and self.handler.positions is not None:
+            return self._arange(*args, **kwargs)
+        if not self._inside:
+            followed = self.follower.see(func, args, kwargs)
+            if followed is not NotImplemented:
+                return followed
         return func(*args, **kwargs)
+
+    def _arange(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Positions of tokens that a block counts by itself: those of the packed rows."""
+        positions = self.handler.positions
+        if positions is None or args not in ((len(positions),), (0, len(positions))):
+            return torch.arange(*args, **kwargs)
+        return positions.to(kwargs.get("dtype") or torch.int64)
 
     def _sdpa(
         self,
@@ -166,35 +194,42 @@ class Tap(TorchFunctionMode):
         def run() -> Tensor:
             nonlocal weights
             out: Tensor
-            out, weights = function(module, query, key, value, attention_mask, *args, **kwargs)
+            self._inside = True
+            try:
+                out, weights = function(module, query, key, value, attention_mask, *args, **kwargs)
+            finally:
+                self._inside = False
             return out.transpose(1, 2)
 
+        mask = attention_mask if attention_mask is None else attention_mask[..., : key.shape[2]]
         call = AttentionCall(
             query,
             key,
             value,
-            attention_mask if attention_mask is None else attention_mask[..., : key.shape[2]],
+            _biased(kwargs.get("position_bias"), mask),
             False,
             kwargs.get("scaling") or query.shape[-1] ** -0.5,
             kwargs.get("softcap"),
             dropout,
             run,
+            sinks=kwargs.get("s_aux"),
         )
         out = self.handler.attention(_checked(_as_autocast(call)))
         return out.transpose(1, 2), weights
 
 
+def _biased(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """A bias by position and a mask, in one."""
+    if bias is None or mask is None:
+        return mask if bias is None else bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, torch.finfo(bias.dtype).min)
+    return bias + mask
+
+
 def _checked(call: AttentionCall) -> AttentionCall:
-    if call.q.dim() != 4 or call.k.shape[2] != call.q.shape[2]:
-        raise ReplayError(
-            f"attention of queries {list(call.q.shape)} to keys {list(call.k.shape)} is not self-"
-            "attention [B, H, T, D] over its own tokens (cross-attention or a cached prefix)"
-        )
-    if call.mask is not None and call.mask.requires_grad:
-        raise ReplayError(
-            "its attention mask requires grad (a learned bias), which a replay of some rows cannot "
-            "give: freeze it"
-        )
+    if call.q.dim() != 4:
+        raise ReplayError(f"attention of queries {list(call.q.shape)} is not over [B, H, T, D]")
     if call.mask is not None and call.mask.dim() != 4:
         mask = call.mask
         call.mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_sage.arguments import Arguments, Axis, ReplayError
+from lightning_sage.arguments import Arguments
+from lightning_sage.axes import ReplayError
 from lightning_sage.balance import Budget
-from lightning_sage.intercept import Handler, Tap
+from lightning_sage.drops import Seed
+from lightning_sage.intercept import Handler, Tap, random_state_kept
 from lightning_sage.ops import Rows
 from lightning_sage.records import BlockRecord
-from lightning_sage.replay import Seed
-from lightning_sage.wrapped import Parts, Wrapped
+from lightning_sage.replay import Crossing
+from lightning_sage.wrapped import Learned, Parts, Wrapped
 
 
 class Surroundings:
@@ -74,12 +76,16 @@ class Job:
         self.modes = [module.training for module in parts.modules]
         self.parameters = parts.trainable()
         self.versions = [parameter._version for parameter in parts.parameters]
-        self.causal: list[bool] = []
+        self.kind = tuple(self.modes), arguments.signature
+        self.learned = Learned()
+        self.attentions: list[tuple[bool, int, int]] = []
         self.valid_count = 0
         # rows that the policy would keep by itself, and what ranks agreed on
         self.wanted: Tensor | int = 0
         self.budget: Budget | None = None
         self.record: BlockRecord | None = None
+        # outputs besides hidden states that carry a gradient, as far as the latest run tells
+        self.outlets: dict[int, Tensor] = {}
         self._pairs: dict[int, Tensor] = {}
         self._outputs: tuple[list[Any], pytree.TreeSpec | None, int] | None = None
 
@@ -88,6 +94,17 @@ class Job:
         """The block's input ``[B, T, C]``, until it is released."""
         hidden: Tensor = self.arguments.leaves[self.arguments.hidden]
         return hidden
+
+    @property
+    def crossing(self) -> Crossing:
+        """The other sequence that the block attends to."""
+        return Crossing(self.arguments.others, self.learned.crossing)
+
+    def learn(self, learned: Learned) -> None:
+        """Go by what the self-check has found out."""
+        self.learned = learned
+        if learned.pairs:
+            self.arguments.need_pairs()
 
     def run(
         self,
@@ -99,7 +116,7 @@ class Job:
         """Hidden states after the block; its other outputs are remembered.
 
         Raises:
-            ReplayError: The block does not return hidden states, or other tensors with a gradient.
+            ReplayError: The block does not return hidden states, or other tensors than of pairs.
         """
         with self.surroundings.restored(), tap(handler):
             output = self.wrapped.run(self.block, *args, **kwargs)
@@ -112,11 +129,52 @@ class Job:
             given = pytree.tree_leaves((args, kwargs))[self.arguments.hidden]
         if place is None or leaves[place].shape != given.shape:
             raise ReplayError("its first output is not hidden states of the shape of its input")
+        self.outlets = {}
         if len(leaves) > 1:
-            _refuse_others(leaves, place, pytree.tree_leaves((args, kwargs)))
+            inputs = {id(x) for x in pytree.tree_leaves((args, kwargs))}
+            self.outlets = self._others(leaves, place, inputs)
         self._outputs = leaves, spec, place
         out: Tensor = leaves[place]
         return out
+
+    def _others(self, leaves: list[Any], place: int, inputs: set[int]) -> dict[int, Tensor]:
+        """Outputs of pairs of tokens that carry a gradient; others are refused.
+
+        Raises:
+            ReplayError: Names the shape of one.
+        """
+        found = {}
+        T, keys = leaves[place].shape[1], self.arguments.others
+        for i, x in enumerate(leaves):
+            if i == place or not isinstance(x, Tensor) or id(x) in inputs:
+                continue
+            pairs = x.dim() == 4 and x.shape[-2] == T and x.shape[-1] in (T, keys, self.B * keys)
+            if x.is_floating_point() and not pairs:
+                raise ReplayError(
+                    f"it returns a second tensor of shape {list(x.shape)}, whose gradient a "
+                    "replay of some rows cannot give"
+                )
+            if pairs and x.requires_grad:
+                found[i] = x
+        return found
+
+    def with_outlets(self) -> dict[int, Tensor]:
+        """The outputs besides hidden states whose graph leads to parameters, with that graph.
+
+        They depend on where tokens stand and not on what they are (a relative position bias that
+        one block makes for all): the graph of all else is dropped at once.
+        """
+        if not self.learned.outlets:
+            return {}
+        hidden = {self.arguments.hidden: self.hidden.detach()}
+        with (
+            torch.enable_grad(),
+            self.surroundings.restored(),
+            random_state_kept(self.hidden.device),
+        ):
+            args, kwargs = self.arguments.call(hidden)
+            leaves = pytree.tree_leaves(self.wrapped.run(self.block, *args, **kwargs))
+        return {i: leaves[i] for i in self.learned.outlets}
 
     def trained(self) -> list[Tensor]:
         """The parameters whose gradients are returned, as they are now.
@@ -155,14 +213,16 @@ class Job:
             for module, _, now in changed:
                 module.training = now
 
-    def output(self, hidden: Tensor) -> Any:
-        """What the block returned, with `hidden` in the place of its hidden states."""
+    def output(self, hidden: Tensor, outlets: dict[int, Tensor]) -> Any:
+        """What the block returned, with `hidden` and outlets in their places."""
         assert self._outputs is not None
         leaves, spec, place = self._outputs
         self._outputs = None
         if spec is None:
             return hidden
         leaves[place] = hidden
+        for i, x in outlets.items():
+            leaves[i] = x
         return pytree.tree_unflatten(leaves, spec)
 
     def forget_output(self) -> None:
@@ -190,11 +250,11 @@ class Job:
     def release(self) -> list[Tensor | None]:
         """Forget the tensors of the forward; returns those that the replay has to see.
 
-        Attention has taken what it needs of masks: of them only the shape is remembered.
+        Attention has mostly taken what it needs of masks: then only their shape is remembered.
         """
         held: list[Tensor | None] = []
         for i, x in self.leaves().items():
-            pairs = self.arguments.axes[i] is Axis.PAIRS
+            pairs = self.arguments.axes[i].of_pairs and i not in self.arguments.real
             held.append(None if pairs else x)
             if pairs:
                 self._pairs[i] = x.new_empty(()).expand(x.shape)
@@ -206,20 +266,3 @@ class Job:
         """What :func:`Job.leaves` was, from what `release` returned."""
         found = zip(self.shared, held, strict=True)
         return {i: x for i, x in found if x is not None} | self._pairs
-
-
-def _refuse_others(leaves: list[Any], place: int, inputs: list[Any]) -> None:
-    """Refuse outputs besides hidden states that may want a gradient.
-
-    Raises:
-        ReplayError: Names the shape of one.
-    """
-    known = {id(x) for x in inputs}
-    for i, x in enumerate(leaves):
-        if i != place and isinstance(x, Tensor) and id(x) not in known:
-            weights = x.dim() == 4 and x.shape[-1] == x.shape[-2] == leaves[place].shape[1]
-            if x.is_floating_point() and not weights:
-                raise ReplayError(
-                    f"it returns a second tensor of shape {list(x.shape)}, whose gradient a "
-                    "replay of some rows cannot give"
-                )

@@ -86,6 +86,27 @@ def _look(mask: Tensor, valid: Tensor, order: Tensor, start: int) -> tuple[Tenso
     return torch.stack([first, stop]), torch.stack(facts)
 
 
+def cross_visibility(mask: Tensor, valid: Tensor) -> Visibility:
+    """What a mask of pairs with another sequence means; waits for the device.
+
+    Args:
+        mask: bool (True attends) or additive, ``[B | 1, H | 1, T | 1, S]``.
+        valid: ``[B, T]`` bool, False where a query is padding.
+    """
+    if mask.shape[1] > 1:
+        return Visibility(False, mask=mask)
+    allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > -1e4
+    allowed = allowed.expand(len(valid), *allowed.shape[1:])
+    queries = valid[..., None] if allowed.shape[1] > 1 else valid.any(1)[:, None, None]
+    keys = (allowed & queries).any(1)
+    same = ((allowed == keys[:, None]) | ~queries).all()
+    if mask.dtype != torch.bool:
+        same &= (~allowed | (mask[:, 0] == 0)).all()
+    if not bool(same):
+        return Visibility(False, mask=mask)
+    return Visibility(False, keys=None if bool(keys.all()) else keys)
+
+
 class Looked:
     """A mask that was looked at, and what it means; it may be gone by now, and is not held."""
 

@@ -6,141 +6,107 @@ Packed rows are a batch of one: ``[1, N, C]``, samples one after the other, toke
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_sage import ops
-from lightning_sage.arguments import ReplayError
+from lightning_sage.axes import ReplayError
+from lightning_sage.drops import Drops, Seed
+from lightning_sage.follow import Weights
 from lightning_sage.intercept import AttentionCall
-from lightning_sage.ops import How, Rows, Sight, Visibility, packed
-from lightning_sage.packing import Stored, store
+from lightning_sage.ops import Rows, Sight, Visibility, packed
+from lightning_sage.seen import Kept, Seen, Written, rows_at, with_sinks
+from lightning_sage.sparse import LogitsAttention, SparseAttention, from_rows, key_rows, logits_of
 
-# what a mask and a flag for causal order mean for the batch under way
-See = Callable[[Tensor | None, bool], Visibility]
-
-
-def rows_at(x: Tensor, rows: Rows) -> Tensor:
-    """Packed rows ``[N, H, D]`` of ``[B, H, T, D]``; all of them without a copy where possible."""
-    return packed(x) if rows.whole else ops.gather_rows(x.transpose(1, 2), rows.index)
+# what a mask and a flag for causal order mean for the batch under way, of pairs with its own tokens
+# or with those of another sequence
+See = Callable[[Tensor | None, bool, bool], Visibility]
 
 
-def from_rows(x: Tensor) -> Tensor:
-    """Packed ``[N, H, D]`` as a batch of one, ``[1, H, N, D]``."""
-    return x.transpose(0, 1).unsqueeze(0)
-
-
-@dataclass
-class Seen:
-    """An attention of a dense forward.
+class Crossing(NamedTuple):
+    """The other sequence that a block attends to.
 
     Attributes:
-        call: What went in.
-        out: ``[B, H, T, E]``.
-        lse: ``[B, H, T]``, or None where the fused kernel did not give it.
-        visible: What the mask means.
-        keys: The tokens that are seen at all.
+        others: Tokens of a sample there; 0 for none.
+        calls: Which attention calls are to it, where it is as long as the block's own.
     """
 
-    call: AttentionCall
-    out: Tensor
-    lse: Tensor | None
-    visible: Visibility
-    keys: Rows
-    _key_rows: Tensor | None = None
-
-    @property
-    def how(self) -> How:
-        """How logits are made."""
-        return How(self.call.scale, self.call.softcap)
-
-    def key_rows(self) -> Tensor:
-        """Keys of the tokens that are seen, ``[M, G, D]``."""
-        if self._key_rows is None:
-            self._key_rows = rows_at(self.call.k, self.keys)
-        return self._key_rows
-
-    def lse_at(self, rows: Rows) -> Tensor:
-        """Log-sum-exp at some rows, ``[N, H]``; computed for these alone where it is not known."""
-        if self.lse is not None:
-            return ops.gather_rows(self.lse.transpose(1, 2), rows.index)
-        q = rows_at(self.call.q, rows)
-        sight = Sight(rows, self.keys, self.visible)
-        return ops.attention_lse(q, self.key_rows(), sight, self.how)
+    others: int = 0
+    calls: frozenset[int] = frozenset()
 
 
-class Seed:
-    """A seed drawn from the default generator when first asked for; 31 bits.
+ALONE = Crossing()
 
-    Drawing nothing where nothing is random leaves the user's random stream as it is, and drawing
-    from it makes a run resumed with its generator's state repeat itself.
+
+class Recorder(Drops):
+    """Dense forward: runs attention as the model would and remembers it.
+
+    Args:
+        seed: Of the block's dropout.
+        every: All tokens.
+        valid: ``[B, T]`` bool, False on padding.
+        see: What a mask means, given whether it is of another sequence.
+        key_rows: The tokens that are seen at all.
+        crossing: The other sequence that the block attends to, if any.
     """
 
-    def __init__(self, value: int | None = None) -> None:
-        self.value = value
-
-    def __int__(self) -> int:
-        if self.value is None:
-            self.value = int(torch.randint(2**31, ()))
-        return self.value
-
-
-class _Drops:
-    """Dropout whose mask depends on tokens alone; the same in every pass over a batch.
-
-    Attributes:
-        weights_too: Whether attention weights are dropped. The self-check compares without.
-    """
-
-    weights_too = True
-
-    def __init__(self, seed: Seed, rows: Rows, shape: tuple[int, int]) -> None:
-        self.seed, self.rows, self.shape, self.drops = seed, rows, shape, 0
-
-    def dropout(self, x: Tensor, p: float) -> Tensor:
-        """See :func:`lightning_sage.ops.reference.row_dropout`."""
-        leading = x.shape[:2] if x.shape[:2] == self.shape else x.shape[:1]
-        if leading.numel() != len(self.rows):
-            raise ReplayError(
-                f"dropout of a tensor of shape {list(x.shape)} does not run along the tokens, so "
-                "it cannot be replayed on some of them: set its probability to 0"
-            )
-        if x.numel() == 0:
-            return x
-        flat = x.reshape(len(self.rows), -1)
-        dropped = ops.row_dropout(flat, self.rows.index, int(self.seed), self.drops, p)
-        self.drops += 1
-        return dropped.view(x.shape)
-
-    def how(self, call: AttentionCall) -> How:
-        """How the weights of a call are made; counts its dropout."""
-        if not call.dropout:
-            return How(call.scale, call.softcap)
-        self.drops += 1
-        drop = ops.Dropout(call.dropout, int(self.seed), self.drops - 1)
-        return How(call.scale, call.softcap, drop if self.weights_too else None)
-
-
-class Recorder(_Drops):
-    """Dense forward: runs attention as the model would and remembers it."""
-
-    def __init__(self, seed: Seed, every: Rows, see: See, key_rows: Callable[..., Rows]) -> None:
+    def __init__(
+        self,
+        seed: Seed,
+        every: Rows,
+        valid: Tensor,
+        see: See,
+        key_rows: Callable[..., Rows],
+        crossing: Crossing = ALONE,
+    ) -> None:
         super().__init__(seed, every, (every.B, every.T))
-        self.see, self.key_rows = see, key_rows
-        self.seen: list[Seen] = []
+        self.valid, self.see, self.key_rows, self.crossing = valid, see, key_rows, crossing
+        self.seen: list[Seen | Written] = []
+
+    def crosses(self, keys: int) -> bool:
+        """Whether the attention call under way, to so many keys a sample, leaves the sequence.
+
+        Raises:
+            ReplayError: It is to keys of neither.
+        """
+        others, calls = self.crossing
+        if others and (keys != self.rows.T or len(self.seen) in calls):
+            keys, own = others, keys
+            if own == others:
+                return True
+        if keys != self.rows.T:
+            raise ReplayError(
+                f"attention of {self.rows.T} queries to {keys} keys is neither to their own tokens "
+                "nor to the states that the block is given (a cached prefix, or keys of both?)"
+            )
+        return False
 
     def attention(self, call: AttentionCall) -> Tensor:
-        """Output of the model's own attention, or, with dropout, of one that can be replayed."""
+        """Output of the model's own attention, or, with dropout, of one that can be replayed.
+
+        Raises:
+            ReplayError: It is not of the block's tokens.
+        """
         out: Tensor
-        visible, how = self.see(call.mask, call.causal), self.how(call)
-        keys = self.key_rows(visible)
+        if call.q.shape[0] != self.rows.B or call.q.shape[2] != self.rows.T:
+            raise ReplayError(
+                f"attention of queries {list(call.q.shape)} is not over its {self.rows.B} samples "
+                f"of {self.rows.T} tokens"
+            )
+        crosses = self.crosses(call.k.shape[2])
+        visible, how = self.see(call.mask, call.causal, crosses), self.how(call)
+        keys = self.key_rows(visible, call.k.shape[2] if crosses else None)
         lse: Tensor | None = None
         if how.dropout is not None:
             sight = Sight(self.rows, keys, visible)
             k, v = (rows_at(x, keys) for x in (call.k, call.v))
             rows, by_row = ops.attention_forward(packed(call.q), k, v, sight, how)
+            if call.sinks is not None:
+                alone, by_row = by_row, with_sinks(by_row, call.sinks)
+                rows = rows * (alone - by_row).exp()[..., None].to(rows.dtype)
             shape = (self.rows.B, self.rows.T)
             out = rows.unflatten(0, shape).transpose(1, 2)
             lse = by_row.unflatten(0, shape).transpose(1, 2)
@@ -149,32 +115,49 @@ class Recorder(_Drops):
             out, lse = ops.fused_attention(call.q, k, v, call.mask, call.causal, call.scale)
         else:
             out = call.run()
-        self.seen.append(Seen(call, out, lse, visible, keys))
+        self.seen.append(Seen(call, out, lse, visible, keys, crosses))
         call.run = call.repeated = None
         return out
 
+    def could_be_weights(self, leading: int, queries: int, keys: int) -> bool:
+        """Whether logits are of all tokens, or of them and the other sequence's."""
+        fits = leading % self.rows.B == 0 and queries == self.rows.T
+        return fits and keys in (self.rows.T, self.crossing.others or self.rows.T)
 
-class Kept(NamedTuple):
-    """What an attention call leaves for the replay.
+    def softmax(self, weights: Weights, given: Callable[[], Tensor]) -> Tensor:
+        """As the block computes it."""
+        return given()
 
-    Attributes:
-        out: Its output at the kept rows, ``[N, H, E]``.
-        lse: ``[N, H]``.
-        visible: What its mask meant.
-        k: ``[M, G, D]`` of every token that is seen, with `attention="full"`, else None.
-        v: ``[M, G, E]``, likewise.
-        keys: ``[M]`` int64, which tokens these are; None for all.
-    """
+    def product(
+        self, weights: Weights, x: Tensor, values: Tensor, given: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """As the block computes it, with dropout that can be replayed; remembers it."""
+        B = self.rows.B
+        logits, by_head = (y.reshape(B, -1, *y.shape[-2:]) for y in (weights.logits, values))
+        crosses = self.crosses(logits.shape[-1])
+        keys = Rows.every(B, logits.shape[-1], logits.device) if crosses else self.rows
+        dropout = self.weights_dropped(weights.dropout)
+        if dropout is not None:
+            number = torch.arange(x.shape[:-1].numel(), device=x.device).view(x.shape[:-1])
+            columns = torch.arange(x.shape[-1], device=x.device)[None]
+            x = x * ops.weights_dropout(number, columns, dropout).to(x.dtype)
+        found = given(x)
+        out = found.reshape(B, -1, *found.shape[-2:])
+        lse = logits.to(ops.wide(logits.dtype)).logsumexp(-1)
+        causal = not crosses and self.ordered(logits[:, 0] - lse[:, 0, :, None])
+        seen = Written(replace(weights, logits=logits), out, lse, by_head, keys, causal, crosses)
+        self.seen.append(seen)
+        return found
 
-    out: Stored
-    lse: Tensor
-    visible: Visibility
-    k: Stored | None = None
-    v: Stored | None = None
-    keys: Tensor | None = None
+    def ordered(self, logarithms: Tensor) -> bool:
+        """Whether no valid query sees a later token, by probabilities ``[B, T, T]``."""
+        T = self.rows.T
+        later = torch.ones(T, T, dtype=torch.bool, device=logarithms.device).triu(1)
+        seen = (logarithms > -200) & later & self.valid[..., None]
+        return T > 1 and not bool(seen.any())
 
 
-class PackedForward(_Drops):
+class PackedForward(Drops):
     """Forward over chosen rows only, which attend to one another."""
 
     def __init__(self, seed: Seed, rows: Rows, sight: Visibility | None) -> None:
@@ -190,6 +173,10 @@ class PackedForward(_Drops):
         """
         if self.sight is None and call.mask is not None:
             raise ReplayError("it makes its own attention mask: use unselected='identity'")
+        if call.sinks is not None or call.k.shape[2] != call.q.shape[2]:
+            raise ReplayError(
+                "it attends to sinks or to another sequence: use unselected='identity'"
+            )
         visible, how = self.sight or Visibility(call.causal), self.how(call)
         q, k, v = (packed(x) for x in (call.q, call.k, call.v))
         sight = Sight(self.rows, self.rows, visible)
@@ -198,8 +185,26 @@ class PackedForward(_Drops):
         call.run = call.repeated = None
         return from_rows(out)
 
+    def could_be_weights(self, leading: int, queries: int, keys: int) -> bool:
+        """Whether logits are of the rows."""
+        return queries == len(self.rows)
 
-class Replayer(_Drops):
+    def softmax(self, weights: Weights, given: Callable[[], Tensor]) -> Tensor:
+        """As the block computes it."""
+        return given()
+
+    def product(
+        self, weights: Weights, x: Tensor, values: Tensor, given: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Refused: rows of different samples would see one another.
+
+        Raises:
+            ReplayError: Always.
+        """
+        raise ReplayError("it writes its attention out by hand: use unselected='identity'")
+
+
+class Replayer(Drops):
     """Replay of chosen rows: attention returns what it returned, and has a sparse backward."""
 
     def __init__(
@@ -209,72 +214,60 @@ class Replayer(_Drops):
         self.kept, self.chosen = kept, chosen
         self.calls = 0
 
-    def attention(self, call: AttentionCall) -> Tensor:
-        """The kept output, with the gradient that flows within the chosen rows."""
-        kept, how = self.kept[self.calls], self.how(call)
+    def _next(self, width: tuple[int, int], dtype: torch.dtype) -> tuple[Kept, Tensor, Tensor]:
+        """What the next attention call left, and its output and log-sum-exp at the rows."""
+        kept = self.kept[self.calls]
         self.calls += 1
-        width = call.q.shape[1], call.v.shape[3]
-        out = kept.out.some(self.chosen, width, call.q.dtype)
+        out = kept.out.some(self.chosen, width, dtype)
         lse = kept.lse if self.chosen is None else ops.gather_rows(kept.lse[None], self.chosen)
-        found: Tensor = _SparseAttention.apply(
-            call.q, call.k, call.v, out, lse, kept, self.rows, how
+        return kept, out, lse
+
+    def attention(self, call: AttentionCall) -> Tensor:
+        """The kept output, with the gradient that flows within the chosen rows.
+
+        Raises:
+            ReplayError: A bias that is trained has pairs that cannot be told.
+        """
+        width = call.q.shape[1], call.v.shape[3]
+        kept, out, lse = self._next(width, call.q.dtype)
+        found: Tensor
+        if call.mask is not None and call.mask.requires_grad:
+            if kept.k is not None:
+                raise ReplayError(
+                    "its attention has a bias that is trained, of which attention='full' would "
+                    "need the entries at all keys: use attention='salient', or freeze it"
+                )
+            dropped = self.weights_dropped(call.dropout)
+            keys = key_rows(kept, self.rows)
+            found = LogitsAttention.apply(
+                logits_of(call), call.v, out, lse, self.rows, keys, dropped
+            )
+            return found
+        found = SparseAttention.apply(
+            call.q, call.k, call.v, out, lse, call.sinks, kept, self.rows, self.how(call)
         )
         return found
 
+    def could_be_weights(self, leading: int, queries: int, keys: int) -> bool:
+        """Whether logits are of the rows, or of them and the other sequence's tokens."""
+        ours = len(self.rows), *(self.rows.B * one.others for one in self.kept if one.others)
+        return queries == len(self.rows) and keys in ours
 
-class _SparseAttention(torch.autograd.Function):
-    """Forward: the output of the dense pass. Backward: flash backward from its log-sum-exp."""
+    def softmax(self, weights: Weights, given: Callable[[], Tensor]) -> Tensor:
+        """Of attention only the shape: its product is there already."""
+        if all(one.number != weights.number for one in self.kept):
+            return given()
+        logits = weights.logits
+        return logits.new_zeros(()).expand(logits.shape)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        kept: Kept,
-        rows: Rows,
-        how: How,
+    def product(
+        self, weights: Weights, x: Tensor, values: Tensor, given: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.settings = kept, rows, how
-        return from_rows(out)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        q, k, v, out, lse = ctx.saved_tensors
-        kept, rows, how = ctx.settings
-        q, k, v, grad = (packed(x) for x in (q, k, v, grad))
-        sight, all_keys = Sight(rows, rows, kept.visible), None
-        if kept.k is not None:
-            every = Rows.every(rows.B, rows.T, rows.index.device)
-            keys = every if kept.keys is None else Rows(kept.keys, rows.B, rows.T)
-            whole = (x.some(None, y.shape[1:], y.dtype) for x, y in ((kept.k, k), (kept.v, v)))
-            all_keys = *whole, Sight(rows, keys, kept.visible)
-        grads = ops.attention_backward(grad, q, k, v, out, lse, sight, how, all_keys)
-        return *(from_rows(x) for x in grads), None, None, None, None, None
-
-
-def keep_attention(seen: Seen, rows: Rows, full: bool, cache_dtype: str | None) -> Kept:
-    """What a dense attention call leaves: output and log-sum-exp at the rows, or all keys too."""
-    if rows.whole and cache_dtype is None:
-        out = Stored(own(packed(seen.out)))
-    else:
-        out = store(seen.out.transpose(1, 2), rows, cache_dtype)
-    kept = Kept(out, seen.lse_at(rows), seen.visible)
-    if not full:
-        return kept
-    if cache_dtype is None:
-        k, v = (Stored(own(x)) for x in (seen.key_rows(), rows_at(seen.call.v, seen.keys)))
-    else:
-        k, v = (
-            store(x.transpose(1, 2), seen.keys, cache_dtype) for x in (seen.call.k, seen.call.v)
-        )
-    return kept._replace(k=k, v=v, keys=None if seen.keys.whole else seen.keys.index)
-
-
-def own(x: Tensor) -> Tensor:
-    """`x` without the rest of a fused projection that it may be a view of."""
-    whole = x.untyped_storage().nbytes() == x.numel() * x.element_size()
-    return x if whole else x.clone(memory_format=torch.contiguous_format)
+        """The kept output, with its gradient for logits and values."""
+        if all(one.number != weights.number for one in self.kept):
+            return given(x)
+        logits, by_head = (y.reshape(1, -1, *y.shape[-2:]) for y in (weights.logits, values))
+        kept, out, lse = self._next((by_head.shape[1], by_head.shape[-1]), values.dtype)
+        dropout, keys = self.weights_dropped(weights.dropout), key_rows(kept, self.rows)
+        found: Tensor = LogitsAttention.apply(logits, by_head, out, lse, self.rows, keys, dropout)
+        return found.view(*values.shape[:-2], *found.shape[-2:])

@@ -7,17 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_sage import ops
 from lightning_sage.facts import Facts, Judged
-from lightning_sage.replay import Seen, rows_at
+from lightning_sage.seen import Seen, Written
 
 
-def saliency(kind: str, seen: Sequence[Seen], judged: Judged, facts: Facts) -> Tensor:
+def saliency(kind: str, seen: Sequence[Seen | Written], judged: Judged, facts: Facts) -> Tensor:
     """Attention received, value norm, or their product, summed over heads.
 
     Args:
         kind: As in :class:`SagePolicy`.
-        seen: The block's attention calls.
+        seen: The block's attention calls; those to another sequence say nothing of its own tokens.
         judged: Rows whose attention counts.
         facts: Of the batch.
 
@@ -26,10 +25,12 @@ def saliency(kind: str, seen: Sequence[Seen], judged: Judged, facts: Facts) -> T
     """
     valid, total = facts.valid, None
     for one in seen:
+        if one.crosses:
+            continue
         if kind == "attention":
             score = _received(one, judged)
         else:
-            score = rows_at(one.call.v, one.keys).float().norm(dim=-1)
+            score = one.value_norms()
             if kind == "attention_value_norm":
                 score = score * _received(one, judged)
         part = score.sum(1, dtype=torch.float64)
@@ -43,8 +44,7 @@ def saliency(kind: str, seen: Sequence[Seen], judged: Judged, facts: Facts) -> T
     return total / total.sum(-1, keepdim=True).clamp(min=1e-300)
 
 
-def _received(seen: Seen, judged: Judged) -> Tensor:
+def _received(seen: Seen | Written, judged: Judged) -> Tensor:
     """``[M, G]``: by key, from the query heads that share its head."""
-    q, lse = rows_at(seen.call.q, judged.queries), seen.lse_at(judged.queries)
-    sight = judged.sight(seen.keys, seen.visible)
-    return ops.attention_received(q, seen.key_rows(), lse, judged.ones, sight, seen.how)
+    sight = None if isinstance(seen, Written) else judged.sight(seen.keys, seen.visible)
+    return seen.received(judged.queries, judged.ones, sight)

@@ -10,25 +10,30 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lightning_sage import ops
-from lightning_sage.arguments import ReplayError
+from lightning_sage.axes import ReplayError
 from lightning_sage.buffers import buffers_kept
-from lightning_sage.intercept import AttentionCall, Tap, random_state_kept
+from lightning_sage.comparer import Comparer, NeedsPairs, norms
+from lightning_sage.drops import Seed
+from lightning_sage.facts import Facts
+from lightning_sage.intercept import Tap, random_state_kept
 from lightning_sage.memory import saved_bytes
-from lightning_sage.ops import Rows, Sight, reference
-from lightning_sage.replay import Replayer, Seed, Seen, keep_attention, rows_at
+from lightning_sage.ops import Rows
+from lightning_sage.replay import Crossing, Replayer
+from lightning_sage.seen import Seen, Written
+from lightning_sage.wrapped import Learned
 
 if TYPE_CHECKING:
     from lightning_sage.job import Job
 
 # rows of a sample that are compared
 ROWS = 16
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def first_call(job: Job) -> None:
@@ -38,13 +43,15 @@ def first_call(job: Job) -> None:
         ReplayError: The replay disagrees, or the block draws random numbers it cannot repeat.
     """
     session, wrapped = job.session, job.wrapped
-    kind = (tuple(job.modes), job.arguments.signature)
     # where parts are sharded by themselves, ranks gather them together: all check at the same time
-    seen = bool(wrapped.checked) if wrapped.nested else kind in wrapped.checked
+    seen = bool(wrapped.checked) if wrapped.nested else job.kind in wrapped.checked
     checks = session.force_check or not seen
     # not in a look at the gradient, which may be of a part of the batch
     counts = session.measure_dense and wrapped.index not in session.dense_bytes
     counts = counts and session.probe is None
+    if not checks:
+        latest = next(reversed(wrapped.checked.values()))
+        job.learn(wrapped.checked.get(job.kind, latest))
     if not (checks or counts):
         return
     hidden = job.hidden
@@ -55,7 +62,7 @@ def first_call(job: Job) -> None:
         if counts:
             session.dense_bytes[wrapped.index] = dense_bytes(job)
         if checks and (_compare(job, hidden) or wrapped.nested):
-            wrapped.checked.add(kind)
+            wrapped.checked[job.kind] = job.learned
 
 
 def _as_it_is(x: Tensor) -> Tensor:
@@ -69,7 +76,8 @@ def _compare(job: Job, hidden: Tensor) -> bool:
         ReplayError: See :func:`first_call`.
     """
     facts = job.session.facts(hidden)
-    recorder = job.session.recorder(Seed(1), facts)
+    job.learn(Learned(_crossing_calls(job, facts)))
+    recorder = job.session.recorder(Seed(1), facts, job.crossing)
     # compared with the model's own attention, which draws other weights to drop
     recorder.weights_too = False
     watch: list[str] = []
@@ -93,27 +101,75 @@ def _compare(job: Job, hidden: Tensor) -> bool:
                 "themselves, which all ranks have to check together: shard it as a whole"
             )
         return False
-    kept = [keep_attention(seen, rows, False, None) for seen in recorder.seen]
-    replayer = Replayer(Seed(1), rows, kept)
+    if any(isinstance(seen, Written) for seen in recorder.seen):
+        job.learn(replace(job.learned, pairs=True))
+    routed = bool(called & {"topk", "argmax", "sort", "argsort"})
+    first: ReplayError | None = None
+    while True:
+        try:
+            _compare_replay(job, hidden, out, rows, recorder.seen, finite, routed)
+            return True
+        except NeedsPairs:
+            job.learn(replace(job.learned, pairs=True))
+        except ReplayError as error:
+            if first is not None:
+                raise first from None
+            # once more, now with the block told where its tokens stand if it counts them
+            first = error
+            job.learn(replace(job.learned, positional=True))
+
+
+def _compare_replay(
+    job: Job,
+    hidden: Tensor,
+    out: Tensor,
+    rows: Rows,
+    seen: list[Seen | Written],
+    finite: Tensor,
+    routed: bool,
+) -> None:
+    """Replay some rows, and compare what attention is given and what the block returns.
+
+    Raises:
+        ReplayError: Something is not what it was.
+    """
+    replayer = Replayer(Seed(1), rows, [x.keep(rows, False, None) for x in seen])
     replayer.weights_too = False
-    comparer = _Comparer(rows, recorder.seen, finite, replayer)
-    comparer.routed = bool(called & {"topk", "argmax", "sort", "argsort"})
+    replayer.positions = rows.token if job.learned.positional else None
+    comparer = Comparer(rows, seen, finite, replayer, job.learned.pairs)
+    comparer.routed = routed
     own = ops.gather_rows(hidden, rows.index)
     again = _replayed(job, comparer, rows, own)
-    if comparer.calls != len(recorder.seen):
+    if comparer.calls != len(seen):
         raise ReplayError(
-            f"its replay made {comparer.calls} attention calls where the forward made "
-            f"{len(recorder.seen)}"
+            f"its replay made {comparer.calls} attention calls where the forward made {len(seen)}"
         )
     dense = ops.gather_rows(out, rows.index)
     # the residual stream may be large; what counts is what the block adds to it
-    size = _norms(dense - own) + 1e-3 * _norms(dense)
-    hint = "" if recorder.seen else "; no attention call was seen, so its own may be hidden"
+    size = norms(dense - own) + 1e-3 * norms(dense)
+    hint = "" if seen else "; no attention call was seen, so its own may be hidden"
     comparer.judge("output", again, dense, size, hint)
-    return True
 
 
-def _replayed(job: Job, comparer: _Comparer, rows: Rows, own: Tensor) -> Tensor:
+def _crossing_calls(job: Job, facts: Facts) -> frozenset[int]:
+    """Which attention calls are to another sequence that is as long as the block's own.
+
+    Their keys do not change with the block's hidden states.
+    """
+    if job.arguments.others != job.T:
+        return frozenset()
+    step = torch.arange(job.hidden.numel(), device=job.hidden.device).view(job.hidden.shape)
+    other = job.hidden + torch.cos(step.double() * 0.7).to(job.hidden.dtype)
+    keys = []
+    for hidden in (job.hidden, other):
+        recorder = job.session.recorder(Seed(1), facts, Crossing(job.T))
+        job.run(recorder, *job.arguments.call({job.arguments.hidden: hidden}))
+        keys.append([x.values if isinstance(x, Written) else x.call.k for x in recorder.seen])
+    same = (torch.equal(x, y) for x, y in zip(*keys, strict=True))
+    return frozenset(i for i, equal in enumerate(same) if equal)
+
+
+def _replayed(job: Job, comparer: Comparer, rows: Rows, own: Tensor) -> Tensor:
     """Output of the replay, ``[N, C]``, whose graph leads nowhere but to what gets a gradient.
 
     Raises:
@@ -126,13 +182,14 @@ def _replayed(job: Job, comparer: _Comparer, rows: Rows, own: Tensor) -> Tensor:
             leaves[i] = leaves[i].detach().requires_grad_()
         try:
             out = job.run(comparer, *job.packed_call(rows, own, leaves)).squeeze(0)
-        except ReplayError:
+        except (ReplayError, NeedsPairs):
             raise
         except Exception as error:
             raise ReplayError(
                 f"its replay on some rows raised {type(error).__name__}: {error}; leave the block "
                 "dense with dense_blocks"
             ) from error
+        job.learn(replace(job.learned, outlets=_outlets(job, own)))
     known = {id(x) for x in (own, *leaves.values(), *job.parameters)}
     # where parts are sharded by themselves, the replay hands gradients to whatever is there
     lost = (
@@ -147,6 +204,19 @@ def _replayed(job: Job, comparer: _Comparer, rows: Rows, own: Tensor) -> Tensor:
             "or pass them as arguments"
         )
     return out.detach()
+
+
+def _outlets(job: Job, own: Tensor) -> tuple[int, ...]:
+    """Outputs of pairs of tokens that carry a gradient to parameters, whatever the tokens are.
+
+    Attention weights depend on the tokens; a loss on them is refused elsewhere.
+    """
+    found: list[int] = []
+    for i, x in job.outlets.items():
+        (through,) = torch.autograd.grad(x.sum(), own, allow_unused=True, retain_graph=True)
+        if through is None:
+            found.append(i)
+    return tuple(found)
 
 
 def _graph_leaves(out: Tensor) -> Iterator[Tensor]:
@@ -199,78 +269,6 @@ def _half(valid: Tensor) -> Tensor:
     count = ((valid.sum(1, keepdim=True) + 1) // 2).clamp(max=ROWS)
     chosen: Tensor = valid.logical_and(key.argsort(1).argsort(1) < count)
     return chosen
-
-
-def _norms(x: Tensor) -> Tensor:
-    norms: Tensor = x.double().flatten(1).norm(dim=1)
-    return norms
-
-
-class _Comparer:
-    """A replay's handler that compares what it is shown with the dense pass."""
-
-    def __init__(self, rows: Rows, seen: list[Seen], finite: Tensor, replayer: Replayer) -> None:
-        self.rows, self.seen, self.finite, self.replayer = rows, seen, finite, replayer
-        self.dropout = replayer.dropout
-        self.routed = False
-
-    @property
-    def calls(self) -> int:
-        """Attention calls so far."""
-        return self.replayer.calls
-
-    def judge(self, what: str, got: Tensor, want: Tensor, size: Tensor, hint: str = "") -> None:
-        """Compare rows, ``[N, ...]``.
-
-        Raises:
-            ReplayError: They are not the same.
-        """
-        if got.shape != want.shape:
-            raise ReplayError(f"its {what} has shape {list(got.shape)}, not {list(want.shape)}")
-        errors = (_norms(got.double() - want.double()) / size.clamp(min=1e-30))[self.finite]
-        # in half precision a row or two may be routed to other experts: their scores tie
-        spared = min(2, len(errors) // 10) if self.routed and want.dtype.itemsize == 2 else 0
-        error = float(errors.sort(descending=True).values[spared])
-        allowed = TOLERANCE[want.dtype]
-        attended = [kept.out.values.dtype for kept in self.replayer.kept[:1]]
-        if attended and want.dtype.itemsize > attended[0].itemsize:
-            allowed = TOLERANCE[attended[0]]
-        if error != error:
-            raise ReplayError(f"its {what} is not finite: are its weights, or what enters it?")
-        if not error <= allowed:
-            raise ReplayError(
-                f"a replay of some rows gives another {what} than the forward (relative error "
-                f"{error:.1e}, allowed {allowed:.0e}){hint}: leave the block dense with "
-                "SagePolicy(dense_blocks=...), or name other blocks with SagePolicy(blocks=...)"
-            )
-
-    def attention(self, call: AttentionCall) -> Tensor:
-        """Compare queries, keys, values and the attention function itself at the rows."""
-        with torch.no_grad():
-            self._compare(call)
-        return self.replayer.attention(call)
-
-    def _compare(self, call: AttentionCall) -> None:
-        if self.calls >= len(self.seen):
-            raise ReplayError("its replay makes more attention calls than the forward")
-        seen, kept = self.seen[self.calls], self.replayer.kept[self.calls]
-        for name in ("q", "k", "v"):
-            want = rows_at(getattr(seen.call, name), self.rows)
-            size = _norms(want) + 1e-3 * _norms(want).max()
-            self.judge(
-                f"attention input {name}", getattr(call, name)[0].transpose(0, 1), want, size
-            )
-        self._judge_function(seen, kept.out.values, kept.lse)
-
-    def _judge_function(self, seen: Seen, want: Tensor, lse: Tensor) -> None:
-        """The attention as understood here against what the model computed."""
-        q, v = rows_at(seen.call.q, self.rows), rows_at(seen.call.v, seen.keys)
-        sight = Sight(self.rows, seen.keys, seen.visible)
-        got, got_lse = reference.attention_forward(q, seen.key_rows(), v, sight, seen.how)
-        hint = f"; it is attention of {seen.call.q.shape[1]} heads with something unknown in it"
-        self.judge("attention output", got, want, _norms(want) + 1e-3 * _norms(want).max(), hint)
-        close = torch.ones_like(lse[:, 0]) * lse.shape[1] ** 0.5
-        self.judge("log-sum-exp", got_lse.to(lse.dtype), lse, close + _norms(lse), hint)
 
 
 def dense_bytes(job: Job) -> int:

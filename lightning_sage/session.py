@@ -9,15 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sage import ops, towers
-from lightning_sage.arguments import ReplayError
+from lightning_sage.axes import ReplayError
 from lightning_sage.balance import Agreement, Budget, fit_kept
+from lightning_sage.drops import Seed
 from lightning_sage.facts import Facts, Judged
-from lightning_sage.masks import Looked, visibility
+from lightning_sage.masks import Looked, cross_visibility, visibility
 from lightning_sage.ops import Rows, Visibility
 from lightning_sage.policy import SagePolicy
 from lightning_sage.records import BlockRecord
-from lightning_sage.replay import Recorder, Seed, Seen
+from lightning_sage.replay import ALONE, Crossing, Recorder
+from lightning_sage.requests import refuse_cache, refuse_requests
 from lightning_sage.saliency import saliency
+from lightning_sage.seen import Seen, Written
 from lightning_sage.selections import Chosen
 
 # draws of one seed that must not be the same numbers
@@ -121,10 +124,10 @@ class Session:
         said = towers.handed_on(self._told(), args, kwargs)
         self._inside[module] = said
         if torch.is_grad_enabled():
-            _refuse_requests(getattr(module, "config", None), kwargs)
+            refuse_requests(getattr(module, "config", None), kwargs)
             # further in, a model hands on a cache of its own making
             if len(self._inside) == 1:
-                _refuse_cache(kwargs)
+                refuse_cache(kwargs)
         labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
         # a model may hand its labels on: they stay its own
         if isinstance(labels, Tensor) and labels is not said.get("labels"):
@@ -132,6 +135,20 @@ class Session:
         # an encoder is handed the mask of pairs under the same name
         if isinstance(mask, Tensor) and mask.dim() == 2:
             said["attention_mask"] = mask
+        self._note_side(module, kwargs, said)
+
+    def _note_side(self, module: nn.Module, kwargs: dict[str, Any], said: dict[str, Any]) -> None:
+        """Of a model of two sequences: which of them the blocks below are about to see.
+
+        Labels are the decoder's, and the mask that the model is given is the encoder's.
+        """
+        if getattr(getattr(module, "config", None), "is_encoder_decoder", False) is True:
+            said.setdefault("side", "encoder")
+        if said.get("side") == "encoder" and kwargs.get("encoder_hidden_states") is not None:
+            mask = kwargs.get("attention_mask")
+            said |= {"side": "decoder", "attention_mask": mask}
+            if mask is None:
+                said["attention_mask"] = self.batch.get("decoder_attention_mask")
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of every module above a block, also called when the forward raised."""
@@ -147,6 +164,10 @@ class Session:
 
     def _heard(self, name: str) -> Any:
         told = self._told()
+        if told.get("side") == "decoder" and name == "attention_mask":
+            return told[name]
+        if told.get("side") == "encoder" and name == "labels":
+            return None
         return told[name] if name in told else self.batch.get(name)
 
     def facts(self, hidden: Tensor) -> Facts:
@@ -154,8 +175,8 @@ class Session:
         B, T, _ = hidden.shape
         mask, labels = self._heard("attention_mask"), self._heard("labels")
         versions = (x._version if isinstance(x, Tensor) else None for x in (mask, labels))
-        told = map(self._heard, ("owner", "tower"))
-        heard = (B, T, hidden.device, mask, labels, *told, *versions)
+        told = map(self._told().get, ("side", "tower"))
+        heard = (B, T, hidden.device, mask, labels, self._heard("owner"), *told, *versions)
         for known in self._facts:
             if known.about(heard):
                 return known
@@ -165,22 +186,24 @@ class Session:
             self._facts = [*self._facts[-3:], found]
         return found
 
-    def recorder(self, seed: Seed, facts: Facts) -> Recorder:
+    def recorder(self, seed: Seed, facts: Facts, crossing: Crossing = ALONE) -> Recorder:
         """What runs the attention of a dense forward."""
 
-        def see(mask: Tensor | None, causal: bool) -> Visibility:
-            return self.visibility(mask, causal, facts.valid)
+        def see(mask: Tensor | None, causal: bool, crosses: bool) -> Visibility:
+            return self.visibility(mask, causal, facts.valid, crosses)
 
-        return Recorder(seed, facts.every, see, facts.key_rows)
+        return Recorder(seed, facts.every, facts.valid, see, facts.key_rows, crossing)
 
-    def visibility(self, mask: Tensor | None, causal: bool, valid: Tensor) -> Visibility:
+    def visibility(
+        self, mask: Tensor | None, causal: bool, valid: Tensor, crosses: bool = False
+    ) -> Visibility:
         """What `mask` means; looked at once a forward, however many blocks share it."""
         if mask is None:
-            return visibility(None, causal, valid)
+            return visibility(None, causal and not crosses, valid)
         for known in self._masks:
             if known.is_of(mask, valid):
                 return known.visible
-        found = visibility(mask, causal, valid)
+        found = cross_visibility(mask, valid) if crosses else visibility(mask, causal, valid)
         # outside of any forward seen from above nobody would forget it again
         if self._inside:
             self._masks = [*self._masks[-3:], Looked(mask, valid, found)]
@@ -191,8 +214,9 @@ class Session:
 
         Args:
             valid: ``[B, T]`` bool.
-            causal: Whether tokens see no later ones: then labels are those of the next token, and
-                a sequence is judged by its last token.
+            causal: Whether tokens see no later ones: then labels are those of the next token (not
+                in a decoder that is given an encoder's states, whose inputs are shifted), and a
+                sequence is judged by its last token.
 
         Returns:
             Both ``[B, T]`` bool. They differ for a sequence label on an encoder alone, whose head
@@ -208,6 +232,9 @@ class Session:
         per_token = per_token and not labels.is_floating_point()
         order = valid.long().cumsum(-1)
         last = valid & (order == order[:, -1:])
+        side = self._told().get("side")
+        if side == "encoder" and queries != "last":
+            return valid, valid
         if queries == "labels" and not per_token:
             raise ValueError(
                 "queries='labels' needs integer labels [B, T] as a keyword of the model's forward "
@@ -226,7 +253,7 @@ class Session:
         owner = self._heard("owner") or " ".join(type(module).__name__ for module in self._inside)
         # a prefix that is seen both ways leaves a language model's labels shifted
         causal = causal or any(kind in owner for kind in ("CausalLM", "ConditionalGeneration"))
-        if causal and "TokenClassification" not in owner:
+        if causal and "TokenClassification" not in owner and side != "decoder":
             labelled = torch.cat([labelled[:, 1:], torch.zeros_like(labelled[:, :1])], dim=1)
         return labelled & valid, labelled & valid
 
@@ -234,14 +261,15 @@ class Session:
         """Rows that ranks have agreed to replay of a call, if they have."""
         return None if self.agreement is None else self.agreement.budget(facts.count)
 
-    def choose(self, name: str, facts: Facts, seen: list[Seen], seed: Seed) -> Choice:
+    def choose(self, name: str, facts: Facts, seen: list[Seen | Written], seed: Seed) -> Choice:
         """Rows to keep.
 
         Raises:
             ReplayError: The policy needs saliency and the block made no attention call.
         """
         keeper, replayer = self.policy.keeper, self.policy.replayer
-        valid, causal = facts.valid, any(one.visible.causal for one in seen)
+        own = [one for one in seen if not one.crosses]
+        valid, causal = facts.valid, any(one.causal for one in own)
         if causal not in facts.judged:
             queries, loss_rows = self.loss_rows(valid, causal)
             priority = self.policy.priority(valid, loss_rows)
@@ -249,8 +277,8 @@ class Session:
         judged = facts.judged[causal]
         scores = None
         if keeper.needs_scores or (replayer is not None and replayer.saliency_in_replay):
-            if seen:
-                scores = saliency(self.policy.saliency, seen, judged, facts)
+            if own:
+                scores = saliency(self.policy.saliency, own, judged, facts)
             elif keeper.needs_scores:
                 raise ReplayError(
                     f"block '{name}' made no attention call that can be seen, and {keeper!r} needs "
@@ -260,48 +288,16 @@ class Session:
         if keeper.random:
             noise = ops.uniform(int(seed), KEEP_STREAM, facts.every.index.view_as(valid))
         given = judged.noise if scores is None else scores, valid, judged.priority, noise
-        chosen = own = keeper.keep(*given)
+        chosen = alone = keeper.keep(*given)
         # the device is waited for only where the number of rows is news
         if keeper.fixed and judged.count is None:
             judged.count = int(chosen.rows.sum())
         count, budget = judged.count, self.budget(facts)
         if budget is not None:
-            chosen = fit_kept(keeper, own, budget, replayer is None, given)
-            if chosen is not own and replayer is None:
+            chosen = fit_kept(keeper, alone, budget, replayer is None, given)
+            if chosen is not alone and replayer is None:
                 count = budget.rows
-            elif chosen is not own and count is not None:
+            elif chosen is not alone and count is not None:
                 count = max(count, budget.rows)
-        wanted = own.rows.sum() if judged.count is None else judged.count
+        wanted = alone.rows.sum() if judged.count is None else judged.count
         return Choice(chosen, ops.rows_of(chosen.rows, count), scores, wanted, budget)
-
-
-def _refuse_requests(config: Any, kwargs: dict[str, Any]) -> None:
-    """Refuse what needs every token's graph or cache.
-
-    Raises:
-        ValueError: Names the setting and the way out.
-    """
-    for name, what in (
-        ("output_attentions", "every attention weight, which such a forward never holds"),
-        ("output_router_logits", "router logits with a gradient, which a replay does not give"),
-    ):
-        said = kwargs.get(name)
-        if said or (said is None and getattr(config, name, False) is True):
-            raise ValueError(
-                f"{name}=True asks a training forward for {what}: switch it off with SAGE, or ask "
-                "under torch.no_grad()"
-            )
-
-
-def _refuse_cache(kwargs: dict[str, Any]) -> None:
-    """Refuse a KV cache that the caller wants filled or read.
-
-    Raises:
-        ValueError: Names the keyword and the way out.
-    """
-    if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
-        name = "use_cache=True" if kwargs.get("use_cache") else "past_key_values"
-        raise ValueError(
-            f"{name}: a training forward with SAGE neither fills nor reads a KV cache: leave it "
-            "out, or call the model under torch.no_grad()"
-        )

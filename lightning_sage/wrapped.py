@@ -10,13 +10,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sage.arguments import ReplayError
+from lightning_sage.axes import ReplayError
 from lightning_sage.session import Session
 
 ATTRIBUTE = "_sage"
 
 # where a parameter is: its module and its name there
 Slot = tuple[nn.Module, str]
+
+
+@dataclass
+class Learned:
+    """What the self-check has found out about a kind of call.
+
+    Attributes:
+        crossing: Which attention calls are to another sequence, where lengths do not tell.
+        positional: Whether the block counts its tokens by itself, to know where they stand.
+        pairs: Whether a replay has to see the entries of masks and biases.
+        outlets: Which of its outputs, besides hidden states, carry a gradient to its parameters.
+    """
+
+    crossing: frozenset[int] = frozenset()
+    positional: bool = False
+    pairs: bool = False
+    outlets: tuple[int, ...] = ()
 
 
 @dataclass
@@ -31,7 +48,7 @@ class Wrapped:
         chooses: Whether later blocks skip what this one did not keep.
         previous: An instance attribute `forward` found on the block, if any.
         checkpointing: What the block's `gradient_checkpointing` was, if it had been set.
-        checked: Signatures of calls that passed the self-check.
+        checked: By the kinds of calls that passed the self-check, what it found out.
         nested: Whether parts of the block are sharded by themselves, known from its first call on.
         unreached: Parameters that no replay has given a gradient; None before the first replay.
         replayed_in: Of a block with parts sharded by themselves, its latest backward pass.
@@ -44,7 +61,7 @@ class Wrapped:
     chooses: bool = False
     previous: Callable[..., Any] | None = None
     checkpointing: Any = None
-    checked: set[Any] = field(default_factory=set)
+    checked: dict[Any, Learned] = field(default_factory=dict)
     nested: bool | None = None
     unreached: set[str] | None = None
     replayed_in: int = -1

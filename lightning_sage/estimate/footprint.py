@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sage.arguments import Arguments, Axis
+from lightning_sage.arguments import Arguments
 from lightning_sage.estimate.fakes import Known
 from lightning_sage.estimate.ledger import Ledger
 from lightning_sage.estimate.rehearsal import Rehearsal
@@ -168,7 +168,7 @@ class Watch:
                 held = ledger.add(arguments.leaves[i])
                 call.inputs |= held
                 # attention takes what it needs of masks
-                if i != arguments.hidden and axis is not Axis.PAIRS:
+                if i != arguments.hidden and not axis.of_pairs:
                     call.shared |= held
             if self._sparse:
                 self._cached(call, block, forward, arguments, ledger)
@@ -188,7 +188,7 @@ class Watch:
     ) -> None:
         """What SAGE would hold of this call; looked at once for all calls of a kind."""
         tensors = [(i, arguments.leaves[i]) for i in arguments.axes]
-        masks = [x.untyped_storage()._cdata for i, x in tensors if arguments.axes[i] is Axis.PAIRS]
+        masks = [x.untyped_storage()._cdata for i, x in tensors if arguments.axes[i].of_pairs]
         parameters = ((p.shape, p.dtype, p.requires_grad) for p in block.parameters())
         shapes = ((x.shape, x.dtype, x.requires_grad) for _, x in tensors)
         kind = (type(block), arguments.signature, *parameters, *shapes, *masks)

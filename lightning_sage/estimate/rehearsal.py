@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_sage.arguments import Arguments
 from lightning_sage.cache import SparseCache
+from lightning_sage.drops import Seed
 from lightning_sage.estimate.fakes import Known
 from lightning_sage.estimate.ledger import Ledger
 from lightning_sage.intercept import AttentionCall, Tap
@@ -18,7 +19,8 @@ from lightning_sage.masks import visibility
 from lightning_sage.ops import Rows, Visibility, wide
 from lightning_sage.packing import store
 from lightning_sage.policy import SagePolicy
-from lightning_sage.replay import Recorder, Replayer, Seed, Seen, keep_attention
+from lightning_sage.replay import Crossing, Recorder, Replayer
+from lightning_sage.seen import Seen, Written
 from lightning_sage.selections import share
 from lightning_sage.session import Session
 
@@ -28,11 +30,17 @@ class _Watcher(Recorder):
 
     def attention(self, call: AttentionCall) -> Tensor:
         """Nothing, of the right shape."""
-        visible = self.see(call.mask, call.causal)
+        crosses = self.crosses(call.k.shape[2])
+        visible = self.see(call.mask, call.causal, crosses)
+        keys = self.key_rows(visible, call.k.shape[2] if crosses else None)
         out = call.q.new_empty(*call.q.shape[:3], call.v.shape[3])
         lse = call.q.new_empty(call.q.shape[:3], dtype=wide(call.q.dtype))
-        self.seen.append(Seen(call, out, lse, visible, self.key_rows(visible)))
+        self.seen.append(Seen(call, out, lse, visible, keys, crosses))
         return out
+
+    def ordered(self, logarithms: Tensor) -> bool:
+        """Not to be seen."""
+        return False
 
     def dropout(self, x: Tensor, p: float) -> Tensor:
         """Nothing, of the right shape."""
@@ -70,23 +78,28 @@ class Rehearsal:
 
     def seen(
         self, forward: Callable[..., Any], arguments: Arguments, surroundings: Surroundings
-    ) -> list[Seen]:
+    ) -> list[Seen | Written]:
         """Attention calls of a dense forward."""
         hidden = arguments.leaves[arguments.hidden]
         facts = self.session.facts(hidden)
 
-        def see(mask: Tensor | None, causal: bool) -> Visibility:
+        def see(mask: Tensor | None, causal: bool, crosses: bool) -> Visibility:
             if mask is None:
-                return visibility(None, causal, facts.valid)
+                return visibility(None, causal and not crosses, facts.valid)
+            if crosses:
+                return Visibility(False, mask=mask if mask.shape[1] > 1 else None)
             key = mask.untyped_storage()._cdata
             if key not in self._sights:
                 self._sights[key] = mask, self._look(mask, causal, facts.valid)
             return self._sights[key][1]
 
-        watcher = _Watcher(Seed(0), facts.every, see, facts.key_rows)
+        crossing = Crossing(arguments.others)
+        watcher = _Watcher(Seed(0), facts.every, facts.valid, see, facts.key_rows, crossing)
         args, kwargs = arguments.call()
         with torch.no_grad(), surroundings.restored(), Tap(watcher):
             forward(*args, **kwargs)
+        if any(isinstance(one, Written) for one in watcher.seen):
+            arguments.need_pairs()
         return watcher.seen
 
     def _look(self, mask: Tensor, causal: bool, valid: Tensor) -> Visibility:
@@ -97,7 +110,7 @@ class Rehearsal:
         return Visibility(True, first, stop)
 
     def cache(
-        self, name: str, policy: SagePolicy, seen: list[Seen], arguments: Arguments
+        self, name: str, policy: SagePolicy, seen: list[Seen | Written], arguments: Arguments
     ) -> SparseCache:
         """What the block would hold, as :mod:`lightning_sage.block` makes it."""
         hidden = arguments.leaves[arguments.hidden]
@@ -105,7 +118,7 @@ class Rehearsal:
         count, drawn = self._count(name, policy, seen, hidden)
         rows = Rows(torch.empty(count, dtype=torch.int64), B, T)
         full = policy.attention == "full"
-        kept = [keep_attention(one, rows, full, policy.cache_dtype) for one in seen]
+        kept = [one.keep(rows, full, policy.cache_dtype) for one in seen]
         cache = SparseCache(rows.index, store(hidden, rows, policy.cache_dtype), kept)
         replayer = policy.replayer
         if seen and replayer is not None and replayer.saliency_in_replay:
@@ -115,10 +128,10 @@ class Rehearsal:
         return cache
 
     def _count(
-        self, name: str, policy: SagePolicy, seen: list[Seen], hidden: Tensor
+        self, name: str, policy: SagePolicy, seen: list[Seen | Written], hidden: Tensor
     ) -> tuple[int, bool]:
         """How many rows are kept, and whether they were drawn."""
-        causal = any(one.visible.causal for one in seen)
+        causal = any(one.causal for one in seen if not one.crosses)
         if (name, causal) not in self.counts:
             facts = self.session.facts(hidden)
             valid, self.tokens = facts.valid, facts.valid.numel()

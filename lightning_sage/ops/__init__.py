@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from lightning_sage.ops import reference, stock
-from lightning_sage.ops.reference import Dropout, How, dropout_mask, uniform, wide
+from lightning_sage.ops.reference import (
+    Dropout,
+    How,
+    dropout_mask,
+    uniform,
+    weights_dropout,
+    wide,
+)
 from lightning_sage.ops.sight import Rows, Sight, Visibility, packed
 
 __all__ = [
@@ -41,6 +48,7 @@ __all__ = [
     "scatter_rows",
     "uniform",
     "unpack_rows",
+    "weights_dropout",
     "wide",
 ]
 

@@ -156,7 +156,8 @@ class Sight:
 
     Attributes:
         rows: The query rows, ``[N]``.
-        keys: The key rows, ``[M]``, of the same batch; the same object where rows see themselves.
+        keys: The key rows, ``[M]``, of the same batch, or of another sequence of each sample; the
+            same object where rows see themselves.
         visible: What the tokens see.
     """
 
@@ -183,12 +184,13 @@ class Sight:
         if visible.stop is not None:
             stop = self._at(visible.stop)
         else:
-            stop = rows.token + 1 if visible.causal else torch.full_like(rows.token, rows.T)
+            stop = rows.token + 1 if visible.causal else torch.full_like(rows.token, self.keys.T)
         if not self.keys.whole:
             # how many keys come before each token of a sample
-            before = torch.zeros(rows.B, rows.T + 1, dtype=torch.int64, device=first.device)
-            ones = torch.ones_like(self.keys.index)
-            before.view(-1).scatter_(0, self.keys.sample * (rows.T + 1) + self.keys.token + 1, ones)
+            keys, T = self.keys, self.keys.T
+            before = torch.zeros(rows.B, T + 1, dtype=torch.int64, device=first.device)
+            ones = torch.ones_like(keys.index)
+            before.view(-1).scatter_(0, keys.sample * (T + 1) + keys.token + 1, ones)
             before = before.cumsum(1)
             first, stop = before[rows.sample, first], before[rows.sample, stop]
         return first.int(), stop.int()

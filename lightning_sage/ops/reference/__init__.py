@@ -11,6 +11,7 @@ from lightning_sage.ops.reference.attention import attention_forward as attentio
 from lightning_sage.ops.reference.attention import attention_lse as attention_lse
 from lightning_sage.ops.reference.attention import attention_received as attention_received
 from lightning_sage.ops.reference.attention import mask_of as mask_of
+from lightning_sage.ops.reference.attention import weights_dropout as weights_dropout
 from lightning_sage.ops.reference.rows import LARGEST as LARGEST
 from lightning_sage.ops.reference.rows import dropout_mask as dropout_mask
 from lightning_sage.ops.reference.rows import dropout_threshold as dropout_threshold

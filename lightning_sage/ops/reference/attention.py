@@ -63,6 +63,21 @@ class How(NamedTuple):
     dropout: Dropout | None = None
 
 
+def weights_dropout(rows: Tensor, columns: Tensor, dropout: Dropout) -> Tensor:
+    """Factors of attention weights: 0, or 1 / (1 - p).
+
+    Args:
+        rows: ``[..., N]`` int64, number ``(b * H + h) * T + i`` of each query in each head.
+        columns: ``[..., N | 1, M]`` int64, tokens of the keys.
+        dropout: What is drawn.
+
+    Returns:
+        ``[..., N, M]`` float32.
+    """
+    bits = row_bits(dropout.seed, dropout.call, rows)[..., None]
+    return kept(bits, columns.to(torch.int32), dropout.p) / max(1 - dropout.p, 1e-30)
+
+
 @_exactly
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, sight: Sight, how: How
@@ -324,11 +339,8 @@ class _Rule(NamedTuple):
         """Attention weights ``[B', H, Q, K]`` after dropout."""
         if self.how.dropout is None:
             return weights
-        p, seed, call = self.how.dropout
         H, T = weights.shape[1], self.sight.rows.T
         samples = torch.arange(self.group.samples.start, self.group.samples.stop)
         heads = samples.to(weights.device)[:, None] * H + torch.arange(H, device=weights.device)
         rows = heads[:, :, None] * T + self.tokens[:, None]
-        columns = self.columns[:, None, None].to(torch.int32)
-        mask = kept(row_bits(seed, call, rows)[..., None], columns, p)
-        return weights * mask / max(1 - p, 1e-30)
+        return weights * weights_dropout(rows, self.columns[:, None, None], self.how.dropout)

@@ -1,0 +1,67 @@
+"""Dropout by token: whichever tokens are computed, each sees the mask that it always sees."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_sage import ops
+from lightning_sage.axes import ReplayError
+from lightning_sage.intercept import AttentionCall
+from lightning_sage.ops import Dropout, How, Rows
+
+
+class Seed:
+    """A seed drawn from the default generator when first asked for; 31 bits.
+
+    Drawing nothing where nothing is random leaves the user's random stream as it is, and drawing
+    from it makes a run resumed with its generator's state repeat itself.
+    """
+
+    def __init__(self, value: int | None = None) -> None:
+        self.value = value
+
+    def __int__(self) -> int:
+        if self.value is None:
+            self.value = int(torch.randint(2**31, ()))
+        return self.value
+
+
+class Drops:
+    """Dropout whose mask depends on tokens alone; the same in every pass over a batch.
+
+    Attributes:
+        weights_too: Whether attention weights are dropped. The self-check compares without.
+    """
+
+    weights_too = True
+    positions: Tensor | None = None
+
+    def __init__(self, seed: Seed, rows: Rows, shape: tuple[int, int]) -> None:
+        self.seed, self.rows, self.shape, self.drops = seed, rows, shape, 0
+
+    def dropout(self, x: Tensor, p: float) -> Tensor:
+        """See :func:`lightning_sage.ops.reference.row_dropout`."""
+        leading = x.shape[:2] if x.shape[:2] == self.shape else x.shape[:1]
+        if leading.numel() != len(self.rows):
+            raise ReplayError(
+                f"dropout of a tensor of shape {list(x.shape)} does not run along the tokens, so "
+                "it cannot be replayed on some of them: set its probability to 0"
+            )
+        if x.numel() == 0:
+            return x
+        flat = x.reshape(len(self.rows), -1)
+        dropped = ops.row_dropout(flat, self.rows.index, int(self.seed), self.drops, p)
+        self.drops += 1
+        return dropped.view(x.shape)
+
+    def how(self, call: AttentionCall) -> How:
+        """How the weights of a call are made; counts its dropout."""
+        return How(call.scale, call.softcap, self.weights_dropped(call.dropout))
+
+    def weights_dropped(self, p: float) -> Dropout | None:
+        """How weights are dropped; counts their dropout."""
+        if not p:
+            return None
+        self.drops += 1
+        return Dropout(p, int(self.seed), self.drops - 1) if self.weights_too else None

@@ -1,0 +1,37 @@
+"""What a caller may not ask of a training forward with SAGE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def refuse_requests(config: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse what needs every token's graph or cache.
+
+    Raises:
+        ValueError: Names the setting and the way out.
+    """
+    for name, what in (
+        ("output_attentions", "every attention weight, which such a forward never holds"),
+        ("output_router_logits", "router logits with a gradient, which a replay does not give"),
+    ):
+        said = kwargs.get(name)
+        if said or (said is None and getattr(config, name, False) is True):
+            raise ValueError(
+                f"{name}=True asks a training forward for {what}: switch it off with SAGE, or ask "
+                "under torch.no_grad()"
+            )
+
+
+def refuse_cache(kwargs: dict[str, Any]) -> None:
+    """Refuse a KV cache that the caller wants filled or read.
+
+    Raises:
+        ValueError: Names the keyword and the way out.
+    """
+    if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
+        name = "use_cache=True" if kwargs.get("use_cache") else "past_key_values"
+        raise ValueError(
+            f"{name}: a training forward with SAGE neither fills nor reads a KV cache: leave it "
+            "out, or call the model under torch.no_grad()"
+        )
