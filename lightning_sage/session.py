@@ -159,8 +159,7 @@ class Session:
 
     def _told(self) -> dict[str, Any]:
         """What the innermost module that is being called was told."""
-        told = next(reversed(self._inside.values()), None)
-        return towers.handed_on({}, (), self.batch) if told is None else told
+        return next(reversed(self._inside.values()), None) or towers.handed_on({}, (), self.batch)
 
     def _heard(self, name: str) -> Any:
         told = self._told()
@@ -225,15 +224,14 @@ class Session:
         Raises:
             ValueError: `queries="labels"` and no token labels are known.
         """
-        # what a tower hands on is read patch by patch
-        queries = "all" if self._heard("tower") else self.policy.queries
-        labels = self._heard("labels")
+        queries, labels = self.policy.queries, self._heard("labels")
         per_token = isinstance(labels, Tensor) and labels.shape == valid.shape
         per_token = per_token and not labels.is_floating_point()
         order = valid.long().cumsum(-1)
         last = valid & (order == order[:, -1:])
         side = self._told().get("side")
-        if side == "encoder" and queries != "last":
+        # what a tower hands on is read patch by patch
+        if self._heard("tower") or (side == "encoder" and queries != "last"):
             return valid, valid
         if queries == "labels" and not per_token:
             raise ValueError(
@@ -244,10 +242,9 @@ class Session:
             return last, last
         if queries == "all" or not isinstance(labels, Tensor):
             return valid, valid
-        if not per_token and labels.dim() > (2 if labels.is_floating_point() else 1):
-            # labels of pixels, or of another sequence
-            return valid, valid
         if not per_token:
+            if labels.dim() > (2 if labels.is_floating_point() else 1):  # of pixels, say
+                return valid, valid
             return (last, last) if causal else (valid, valid & (order == 1))
         labelled = labels.to(valid.device) != -100
         owner = self._heard("owner") or " ".join(type(module).__name__ for module in self._inside)
