@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -43,43 +44,74 @@ def sparse_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if wrapped is None:
         # removed, while somebody who wrapped the block after us still calls here
         return type(block).forward(block, *args, **kwargs)
-    if not torch.is_grad_enabled():
+    if wrapped.refused is not None or not torch.is_grad_enabled():
         return _plain(block, wrapped, args, kwargs)
     try:
-        if getattr(block, "gradient_checkpointing", False):
-            raise ReplayError(
-                "gradient checkpointing was switched on after SAGE was installed: switch it off, "
-                "or on before, and SAGE takes its place"
-            )
-        if sharding.recomputed_reentrantly():
-            raise ReplayError(
-                "it is called again by checkpoint(..., use_reentrant=True), which makes its first "
-                "call without a graph: use use_reentrant=False, or leave the block dense"
-            )
-        arguments = Arguments.of(block, args, kwargs)
-        parts = Parts(block)
-        hidden = arguments.leaves[arguments.hidden]
-        extra = [arguments.leaves[i] for i in arguments.differentiable()]
-        if not (parts.slots or extra or hidden.requires_grad):
-            return _plain(block, wrapped, args, kwargs)
-        if wrapped.nested is None:
-            wrapped.nested = sharding.inside(block)
-        if wrapped.nested:
-            # their tensors are others during the replay: it gives the gradients to them itself
-            parts.slots = []
-        job = Job(block, wrapped, arguments, parts, Surroundings(hidden.device))
-        selfcheck.first_call(job)
-        if wrapped.session.probe is not None:
-            wrapped.session.probe.note(wrapped.name, job.parameters, job.seed)
-        # something has to require grad where frozen embeddings enter a block that is trained
-        anchor = [torch.zeros((), requires_grad=True)] if wrapped.nested else []
+        job = _prepared(block, wrapped, args, kwargs)
+    except ReplayError as error:
+        named = _named(block, wrapped, error)
+        if wrapped.session.strict:
+            raise named from error
+        wrapped.refused = str(error)
+        warnings.warn(f"left dense: {named}", stacklevel=2)
+        job = None
+    if job is None:
+        return _plain(block, wrapped, args, kwargs)
+    arguments, hidden = job.arguments, job.hidden
+    extra = [arguments.leaves[i] for i in job.extra]
+    # something has to require grad where frozen embeddings enter a block that is trained
+    anchor = [torch.zeros((), requires_grad=True)] if wrapped.nested else []
+    try:
         outlets = job.with_outlets()
         out = _Sparse.apply(job, hidden, *extra, *job.parameters, *anchor)
         return job.output(out, outlets)
     except ReplayError as error:
-        if error.args and str(error).startswith("block '"):
-            raise
-        raise ReplayError(f"block '{wrapped.name}' ({type(block).__name__}): {error}") from error
+        raise _named(block, wrapped, error) from error
+
+
+def _prepared(
+    block: nn.Module, wrapped: Wrapped, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Job | None:
+    """The call, checked where it is the first of its kind; None where nothing wants a gradient.
+
+    Raises:
+        ReplayError: The block cannot be replayed.
+    """
+    if getattr(block, "gradient_checkpointing", False):
+        raise ReplayError(
+            "gradient checkpointing was switched on after SAGE was installed: switch it off, "
+            "or on before, and SAGE takes its place"
+        )
+    if sharding.recomputed_reentrantly():
+        raise ReplayError(
+            "it is called again by checkpoint(..., use_reentrant=True), which makes its first "
+            "call without a graph: use use_reentrant=False, or leave the block dense"
+        )
+    arguments = Arguments.of(block, args, kwargs)
+    parts = Parts(block)
+    hidden = arguments.leaves[arguments.hidden]
+    if not (parts.slots or arguments.differentiable() or hidden.requires_grad):
+        return None
+    if wrapped.nested is None:
+        wrapped.nested = sharding.inside(block)
+    if wrapped.nested:
+        # their tensors are others during the replay: it gives the gradients to them itself
+        parts.slots = []
+    job = Job(block, wrapped, arguments, parts, Surroundings(hidden.device))
+    selfcheck.first_call(job)
+    if wrapped.session.probe is not None:
+        wrapped.session.probe.note(wrapped.name, job.parameters, job.seed)
+    return job
+
+
+def _named(block: nn.Module, wrapped: Wrapped, error: ReplayError) -> ReplayError:
+    """The error with the name of the block, and a way out where it has none."""
+    text = str(error)
+    if text.startswith("block '"):
+        return error
+    if not any(way in text for way in ("dense", "use ", "set ", "freeze", "train ", "switch")):
+        text += "; leave it dense with SagePolicy(dense_blocks=...) or install(..., strict=False)"
+    return ReplayError(f"block '{wrapped.name}' ({type(block).__name__}): {text}")
 
 
 def _plain(

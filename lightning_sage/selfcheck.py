@@ -26,7 +26,7 @@ from lightning_sage.intercept import Tap, random_state_kept
 from lightning_sage.memory import saved_bytes
 from lightning_sage.ops import Rows
 from lightning_sage.replay import Crossing, Replayer
-from lightning_sage.seen import Seen, Written
+from lightning_sage.seen import BY_HAND, Seen, Written
 from lightning_sage.wrapped import Learned
 
 if TYPE_CHECKING:
@@ -103,6 +103,8 @@ def _compare(job: Job, hidden: Tensor) -> bool:
         return False
     if any(isinstance(seen, Written) for seen in recorder.seen):
         job.learn(replace(job.learned, pairs=True))
+        if job.session.policy.attention == "full":
+            raise ReplayError(BY_HAND)
     routed = bool(called & {"topk", "argmax", "sort", "argsort"})
     first: ReplayError | None = None
     while True:

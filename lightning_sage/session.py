@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_sage import ops
+from lightning_sage import ops, towers
 from lightning_sage.axes import ReplayError
 from lightning_sage.balance import Agreement, Budget, fit_kept
 from lightning_sage.drops import Seed
@@ -83,6 +83,7 @@ class Session:
         self.batch: Mapping[str, Any] = {}
         self.probe: Probe | None = None
         self.force_check = False
+        self.strict = True
         self.measure_dense = False
         self.dense_bytes: dict[int, int] = {}
         self.skip_rows: tuple[Tensor, Rows] | None
@@ -121,7 +122,7 @@ class Session:
         # torch calls no hook after a KeyboardInterrupt: a module is never inside itself
         if not self._inside or module in self._inside:
             self._reset()
-        said = self._told().copy()
+        said = towers.handed_on(self._told(), args, kwargs)
         self._inside[module] = said
         if torch.is_grad_enabled():
             refuse_requests(getattr(module, "config", None), kwargs)
@@ -129,7 +130,8 @@ class Session:
             if len(self._inside) == 1:
                 refuse_cache(kwargs)
         labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
-        if isinstance(labels, Tensor):
+        # a model may hand its labels on: they stay its own
+        if isinstance(labels, Tensor) and labels is not said.get("labels"):
             said |= {"labels": labels, "owner": type(module).__name__}
         # an encoder is handed the mask of pairs under the same name
         if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -158,7 +160,7 @@ class Session:
 
     def _told(self) -> dict[str, Any]:
         """What the innermost module that is being called was told."""
-        return next(reversed(self._inside.values()), {})
+        return next(reversed(self._inside.values()), None) or towers.handed_on({}, (), self.batch)
 
     def _heard(self, name: str) -> Any:
         told = self._told()
@@ -166,24 +168,15 @@ class Session:
             return told[name]
         if told.get("side") == "encoder" and name == "labels":
             return None
-        value = told.get(name)
-        return value if value is not None else self.batch.get(name)
+        return told[name] if name in told else self.batch.get(name)
 
     def facts(self, hidden: Tensor) -> Facts:
         """What is known of the batch whose hidden states ``[B, T, C]`` these are."""
         B, T, _ = hidden.shape
         mask, labels = self._heard("attention_mask"), self._heard("labels")
         versions = (x._version if isinstance(x, Tensor) else None for x in (mask, labels))
-        heard = (
-            B,
-            T,
-            hidden.device,
-            mask,
-            labels,
-            self._heard("owner"),
-            self._told().get("side"),
-            *versions,
-        )
+        told = map(self._told().get, ("side", "tower"))
+        heard = (B, T, hidden.device, mask, labels, self._heard("owner"), *told, *versions)
         for known in self._facts:
             if known.about(heard):
                 return known
@@ -238,7 +231,8 @@ class Session:
         order = valid.long().cumsum(-1)
         last = valid & (order == order[:, -1:])
         side = self._told().get("side")
-        if side == "encoder" and queries != "last":
+        # what a tower hands on is read patch by patch
+        if self._heard("tower") or (side == "encoder" and queries != "last"):
             return valid, valid
         if queries == "labels" and not per_token:
             raise ValueError(
@@ -250,9 +244,11 @@ class Session:
         if queries == "all" or not isinstance(labels, Tensor):
             return valid, valid
         if not per_token:
+            if labels.dim() > (2 if labels.is_floating_point() else 1):  # of pixels, say
+                return valid, valid
             return (last, last) if causal else (valid, valid & (order == 1))
         labelled = labels.to(valid.device) != -100
-        owner = self._heard("owner") or ""
+        owner = self._heard("owner") or " ".join(type(module).__name__ for module in self._inside)
         # a prefix that is seen both ways leaves a language model's labels shifted
         causal = causal or any(kind in owner for kind in ("CausalLM", "ConditionalGeneration"))
         if causal and "TokenClassification" not in owner and side != "decoder":

@@ -51,6 +51,7 @@ class Wrapped:
         checked: By the kinds of calls that passed the self-check, what it found out.
         nested: Whether parts of the block are sharded by themselves, known from its first call on.
         unreached: Parameters that no replay has given a gradient; None before the first replay.
+        refused: Why the block is left dense, where that was found out in its first call.
         replayed_in: Of a block with parts sharded by themselves, its latest backward pass.
         touched: By the id of a parameter, how often the block's own forward marked it as modified.
     """
@@ -66,6 +67,7 @@ class Wrapped:
     nested: bool | None = None
     unreached: set[str] | None = None
     replayed_in: int = -1
+    refused: str | None = None
     touched: dict[int, int] = field(default_factory=dict)
 
     def run(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
