@@ -176,7 +176,7 @@ def _skip_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
 def _record(job: Job, facts: Facts, kept: Tensor, cache: SparseCache) -> None:
     job.valid_count = facts.count
     job.record = BlockRecord(job.wrapped.name, facts.valid, kept, cache.nbytes)
-    job.session.records[job.wrapped.index] = job.record
+    job.session.note(job.wrapped.index, job.record)
 
 
 class _Sparse(torch.autograd.Function):

@@ -47,7 +47,8 @@ def first_call(job: Job) -> None:
     seen = bool(wrapped.checked) if wrapped.nested else job.kind in wrapped.checked
     checks = session.force_check or not seen
     # not in a look at the gradient, which may be of a part of the batch
-    counts = session.measure_dense and wrapped.index not in session.dense_bytes
+    call = wrapped.index, session.calls[wrapped.index]
+    counts = session.measure_dense and call not in session.dense_bytes
     counts = counts and session.probe is None
     if not checks:
         latest = next(reversed(wrapped.checked.values()))
@@ -60,7 +61,7 @@ def first_call(job: Job) -> None:
     unseen = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
     with torch.no_grad(), random_state_kept(hidden.device), buffers_kept(job.block), unseen:
         if counts:
-            session.dense_bytes[wrapped.index] = dense_bytes(job)
+            session.dense_bytes[call] = dense_bytes(job)
         if checks and (_compare(job, hidden) or wrapped.nested):
             wrapped.checked[job.kind] = job.learned
 
