@@ -19,7 +19,7 @@ from lightning_sage.ops import Rows, Visibility
 from lightning_sage.policy import SagePolicy
 from lightning_sage.records import BlockRecord
 from lightning_sage.replay import ALONE, Crossing, Recorder
-from lightning_sage.requests import refuse_cache, refuse_requests
+from lightning_sage.requests import asks, refuse_cache, refuse_requests
 from lightning_sage.saliency import saliency
 from lightning_sage.seen import Seen, Written
 from lightning_sage.selections import Chosen
@@ -129,7 +129,9 @@ class Session:
         said = towers.handed_on(self._told(), args, kwargs)
         self._inside[module] = said
         if torch.is_grad_enabled():
-            refuse_requests(getattr(module, "config", None), kwargs)
+            config = getattr(module, "config", None)
+            refuse_requests(config, kwargs)
+            said["routers"] = said.get("routers") or asks(config, kwargs, "output_router_logits")
             # further in, a model hands on a cache of its own making
             if len(self._inside) == 1:
                 refuse_cache(kwargs)
@@ -170,6 +172,11 @@ class Session:
             self._inside.popitem()
         if not self._inside:
             self._reset()
+
+    @property
+    def wants_routers(self) -> bool:
+        """Whether a caller asked for router logits, for a loss on them."""
+        return bool(self._told().get("routers"))
 
     def _told(self) -> dict[str, Any]:
         """What the innermost module that is being called was told."""
