@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_sage.policy import SagePolicy
 
-# of transformers' `layer_types`: a state runs along the tokens, or a convolution, past any attention
+# of transformers' `layer_types`: a state or a convolution runs along the tokens, past any attention
 _ALONG_TOKENS = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent"}
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
 

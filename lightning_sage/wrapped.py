@@ -172,6 +172,21 @@ class Parts:
                     "support_avx512bf16_for_cpu=False"
                 )
 
+    def refuse_capacity(self) -> None:
+        """Refuse experts that take so many tokens only: a replay of some drops others.
+
+        Raises:
+            ReplayError: There are some.
+        """
+        for module in self.modules:
+            capacity = getattr(module, "expert_capacity", None)
+            if isinstance(capacity, int):
+                raise ReplayError(
+                    f"its {type(module).__name__} drops tokens beyond expert_capacity={capacity}, "
+                    "which a replay of some tokens cannot repeat: leave it dense with dense_blocks "
+                    "or install(..., strict=False)"
+                )
+
     def trainable(self) -> list[Tensor]:
         """The tensors in the slots, as they are now."""
         return [getattr(module, name) for module, name in self.slots]
