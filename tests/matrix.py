@@ -174,18 +174,6 @@ def _has_forward(module):
     return isinstance(module, linear) and type(module).forward is not linear.forward
 
 
-class _EveryCall(dict):
-    """Records of an installation by block, which also remembers those of earlier calls."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __setitem__(self, index, record):
-        super().__setitem__(index, record)
-        self.calls.append(record)
-
-
 @contextlib.contextmanager
 def _outputs(model):
     """Tensors that modules of the model return inside, which keep their gradient."""
@@ -241,10 +229,9 @@ class Case:
     def sparse(self, **fields):
         """Loss, gradients and rows of a sparse step."""
         with install(self.model, SagePolicy(**{"replay": None, "sinks": 1} | fields)) as installed:
-            installed.session.records = records = _EveryCall()
             value, gradients = self.step()
-            self.replayed |= {record.name for record in records.calls}
-            return value, gradients, replayed(records.calls)
+            self.replayed |= {record.name for record in installed.records}
+            return value, gradients, replayed(installed.records)
 
     def blocks(self):
         """Names of the blocks that were replayed, and of transformers' layers that were not."""
