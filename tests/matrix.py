@@ -7,6 +7,7 @@ SAGE does not adapt to.
 
 import contextlib
 import functools
+import itertools
 import json
 import re
 import warnings
@@ -176,7 +177,9 @@ def _has_forward(module):
 
 @contextlib.contextmanager
 def _outputs(model):
-    """Tensors that modules of the model return inside, which keep their gradient."""
+    """Tensors that the blocks of the model return inside, which keep their gradient."""
+    lists = [x for x in model.modules() if isinstance(x, torch.nn.ModuleList)]
+    blocks = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
     seen = []
 
     def keep(_module, _args, output):
@@ -185,7 +188,7 @@ def _outputs(model):
                 x.retain_grad()
                 seen.append(x)
 
-    handles = [module.register_forward_hook(keep) for module in model.modules()]
+    handles = [module.register_forward_hook(keep) for module in {*blocks, *itertools.chain(*lists)}]
     try:
         yield seen
     finally:

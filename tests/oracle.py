@@ -173,7 +173,7 @@ class _Watch(TorchFunctionMode):
             name = getattr(func, "__name__", "")
             if name == "softmax":
                 out = self._softmax(func, *args, **kwargs)
-            elif name in _PRODUCTS:
+            elif name in _PRODUCTS and any(id(x) in self.tags.shares for x in args):
                 out = func(*self._with_values(name, args), **kwargs)
             else:
                 out = func(*args, **kwargs)
@@ -196,17 +196,13 @@ class _Watch(TorchFunctionMode):
         return shares
 
     def _with_values(self, name, args):
-        """Arguments of a product; where it is weights times values, these are frozen."""
-        place = 1 if name == "baddbmm" or isinstance(args[0], str) else 0
-        if id(args[place]) not in self.tags.shares:
-            assert not any(id(x) in self.tags.shares for x in args[1:]), "weights come second"
-            return args
-        assert name != "einsum", "values in an einsum"
-        values, (B, T) = args[place + 1], self.rows.weights.shape
+        """Arguments of a product of weights and values, these frozen."""
+        assert id(args[0]) in self.tags.shares, f"weights do not come first in {name}"
+        values, (B, T) = args[1], self.rows.weights.shape
         inside = (self.rows.weights > 0).to(values.device)[:, None, :, None]
         by_sample = values.reshape(B, -1, T, values.shape[-1])
         values = frozen_outside(by_sample, inside).view(values.shape)
-        return (*args[: place + 1], values, *args[place + 2 :])
+        return (args[0], values, *args[2:])
 
     def _sdpa(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
         if is_causal:
