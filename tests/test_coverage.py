@@ -40,3 +40,39 @@ def test_the_representatives_stand_for_every_adaptation():
     assert chosen <= set(matrix.entries("A", "B", "C"))
     codes = {code for entry in chosen for code in matrix.adaptations(*entry)}
     assert codes == {code for entry in matrix.entries("B") for code in matrix.adaptations(*entry)}
+
+
+def _without_sinks(*args, sinks=None, **kwargs):
+    return AttentionCall(*args, **kwargs)
+
+
+def _uncounted(_positions, func, args, kwargs):
+    return func(*args, **kwargs)
+
+
+# by adaptation, an entry that needs it, and the function that makes it with one that does not
+SWITCHES = {
+    "iface": ("causal-lm:gpt_oss", "intercept._patch_interface", lambda: False),
+    "sinks": ("causal-lm:gpt_oss", "intercept.AttentionCall", _without_sinks),
+    "eagertap": ("causal-lm:gptj", "follow.Follower.see", lambda *_: NotImplemented),
+    "nomask": ("image-cls:imagegpt", "follow.Follower.see", lambda *_: NotImplemented),
+    "modlist": ("causal-lm:ctrl", "discovery._listed", lambda _: {}),
+    "hybrid": ("causal-lm:qwen3_next", "discovery._along_tokens", lambda *_: {}),
+    "kvshare": ("causal-lm:gemma4_text@kvshare", "discovery._shares_keys", lambda _: False),
+    "packed2d": ("image-text:qwen2_5_vl", "discovery._asks_for_lengths", lambda _: False),
+    "cross": ("seq2seq:bart", "arguments._is_states", lambda *_: False),
+    "bias": ("seq2seq:t5", "arguments.Arguments.need_pairs", lambda _: None),
+    "pairtable": ("masked-lm:deberta-v2", "arguments.Arguments.need_pairs", lambda _: None),
+    "arange": ("causal-lm:llama4_text", "intercept._counted", _uncounted),
+    "alibi": ("causal-lm:mpt", "intercept._counted", _uncounted),
+    "localmask": ("causal-lm:gpt_neo", "intercept._counted", _uncounted),
+}
+
+
+@pytest.mark.parametrize(
+    ("entry", "function", "instead"), list(SWITCHES.values()), ids=list(SWITCHES)
+)
+def test_without_its_adaptation_a_type_is_refused(entry, function, instead, monkeypatch):
+    monkeypatch.setattr(f"lightning_sage.{function}", instead)
+    verdict = matrix.judge(*entry.split(":"))
+    assert verdict.word == "refused", str(verdict)
