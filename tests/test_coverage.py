@@ -6,6 +6,8 @@ Types that stand for the others are tested by default, all of them with ``-m cov
 import pytest
 
 import matrix
+from lightning_sage.axes import Axis, axis_of
+from lightning_sage.intercept import AttentionCall
 
 # by task: every adaptation, every kind of input, the types that most people fine-tune
 REPRESENTATIVES = {
@@ -46,6 +48,10 @@ def _without_sinks(*args, sinks=None, **kwargs):
     return AttentionCall(*args, **kwargs)
 
 
+def _without_bias(name, x, B, T):
+    return Axis.NONE if name == "position_bias" else axis_of(name, x, B, T)
+
+
 def _uncounted(_positions, func, args, kwargs):
     return func(*args, **kwargs)
 
@@ -63,9 +69,9 @@ SWITCHES = {
     "cross": ("seq2seq:bart", "arguments._is_states", lambda *_: False),
     "bias": ("seq2seq:t5", "arguments.Arguments.need_pairs", lambda _: None),
     "pairtable": ("masked-lm:deberta-v2", "arguments.Arguments.need_pairs", lambda _: None),
-    "arange": ("causal-lm:llama4_text", "intercept._counted", _uncounted),
-    "alibi": ("causal-lm:mpt", "intercept._counted", _uncounted),
-    "localmask": ("causal-lm:gpt_neo", "intercept._counted", _uncounted),
+    "arange": ("causal-lm:llama4_text", "intercept.counted", _uncounted),
+    "alibi": ("causal-lm:mpt", "arguments.axis_of", _without_bias),
+    "localmask": ("causal-lm:gpt_neo", "intercept.counted", _uncounted),
 }
 
 
