@@ -79,9 +79,10 @@ MAY_IMPORT = {
         "replay", "sides", "wrapped",
     },
     "comparer": {"torch", "axes", "follow", "intercept", "ops", "replay", "seen", "sparse"},
+    "dense_bytes": {"torch", "job", "memory"},
     "selfcheck": {
-        "torch", "axes", "buffers", "comparer", "drops", "facts", "intercept", "job", "memory",
-        "ops", "replay", "seen", "sides", "wrapped",
+        "torch", "axes", "buffers", "comparer", "dense_bytes", "drops", "facts", "intercept",
+        "job", "ops", "replay", "seen", "sides", "wrapped",
     },
     "backward": {
         "torch", "balance", "cache", "job", "ops", "replay", "selections", "session", "wrapped",
