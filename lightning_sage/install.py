@@ -37,9 +37,9 @@ def find_blocks(model: nn.Module, policy: SagePolicy) -> dict[str, nn.Module]:
     Raises:
         ValueError: There are none; the message lists what was seen.
     """
-    # copies that torch.compile proxies are seen through themselves
+    # what torch.compile has put around a module has the module's own name
     modules = [
-        (name, module)
+        (name.replace("_orig_mod.", "").removesuffix("._orig_mod"), module)
         for name, module in model.named_modules()
         if not isinstance(module, torch._dynamo.OptimizedModule)
     ]

@@ -118,7 +118,9 @@ class Job:
         Raises:
             ReplayError: The block does not return hidden states, or other tensors than of pairs.
         """
-        with self.surroundings.restored(), tap(handler):
+        # compiled parts of a block run eagerly: Dynamo does not keep a function mode's place
+        eagerly = torch.compiler.set_stance("force_eager")
+        with self.surroundings.restored(), eagerly, tap(handler):
             output = self.wrapped.run(self.block, *args, **kwargs)
         # most return hidden states alone
         alone = isinstance(output, Tensor)
