@@ -2,8 +2,8 @@
 
 Attention is seen through transformers' `AttentionInterface.get_interface` (the model keeps its own
 implementation; softcap and unrepeated keys arrive as arguments) and through
-`F.scaled_dot_product_attention`; weights made by hand are followed from softmax to product; dropout
-through `F.dropout`. Nothing is active outside `Tap`.
+`F.scaled_dot_product_attention`, also inside of `nn.MultiheadAttention`; weights made by hand are
+followed from softmax to product; dropout through `F.dropout`. Nothing is active outside `Tap`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_sage.axes import ReplayError
 from lightning_sage.follow import Follower, Weigher
+from lightning_sage.torch_attention import FORWARD, multi_head_attention
 
 
 @dataclass
@@ -117,11 +118,21 @@ class Tap(TorchFunctionMode):
             return followed if followed is not NotImplemented else self._dropout(*args, **kwargs)
         if func is torch.arange and self.handler.positions is not None:
             return self._arange(*args, **kwargs)
+        if func is FORWARD:
+            return self._in_sight(multi_head_attention, *args, **kwargs)
         if not self._inside:
             followed = self.follower.see(func, args, kwargs)
             if followed is not NotImplemented:
                 return followed
         return func(*args, **kwargs)
+
+    def _in_sight(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A function that torch hands over as one, with what it calls seen."""
+        super().__enter__()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            super().__exit__(None, None, None)
 
     def _arange(self, *args: Any, **kwargs: Any) -> Tensor:
         """Positions of tokens that a block counts by itself: those of the packed rows."""

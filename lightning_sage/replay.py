@@ -94,7 +94,7 @@ class Recorder(Drops):
         if call.q.shape[0] != self.rows.B or call.q.shape[2] != self.rows.T:
             raise ReplayError(
                 f"attention of queries {list(call.q.shape)} is not over its {self.rows.B} samples "
-                f"of {self.rows.T} tokens"
+                f"of {self.rows.T} tokens: is the batch not first (batch_first=False)?"
             )
         crosses = self.crosses(call.k.shape[2])
         visible, how = self.see(call.mask, call.causal, crosses), self.how(call)
