@@ -18,7 +18,7 @@ from lightning_sage.ops import Rows, Visibility
 from lightning_sage.policy import SagePolicy
 from lightning_sage.records import BlockRecord
 from lightning_sage.replay import ALONE, Crossing, Recorder
-from lightning_sage.requests import refuse_cache, refuse_requests
+from lightning_sage.requests import mask_told, refuse_cache, refuse_requests
 from lightning_sage.saliency import saliency
 from lightning_sage.seen import Seen, Written
 from lightning_sage.selections import Chosen
@@ -112,6 +112,7 @@ class Session:
                 module.register_forward_pre_hook(self.enter, with_kwargs=True)
                 module.register_forward_hook(self.leave, always_call=True)
 
+    @torch.compiler.disable(reason="SAGE notes what a model is told")  # type: ignore[untyped-decorator]
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of every module above a block: learn labels and padding from keywords.
 
@@ -128,7 +129,7 @@ class Session:
             # further in, a model hands on a cache of its own making
             if len(self._inside) == 1:
                 refuse_cache(kwargs)
-        labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
+        labels, mask = kwargs.get("labels"), mask_told(module, kwargs)
         if isinstance(labels, Tensor):
             said |= {"labels": labels, "owner": type(module).__name__}
         # an encoder is handed the mask of pairs under the same name
@@ -149,6 +150,7 @@ class Session:
             if mask is None:
                 said["attention_mask"] = self.batch.get("decoder_attention_mask")
 
+    @torch.compiler.disable(reason="SAGE notes what a model is told")  # type: ignore[untyped-decorator]
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of every module above a block, also called when the forward raised."""
         while module in self._inside:
