@@ -45,7 +45,7 @@ def sparse_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return type(block).forward(block, *args, **kwargs)
     # what is compiled around here is compiled without SAGE where no graph is recorded
     if not torch.is_grad_enabled():
-        return wrapped.run(block, *args, **kwargs)
+        return _plain(block, wrapped, args, kwargs)
     return _recorded(block, wrapped, args, kwargs)
 
 
@@ -70,7 +70,7 @@ def _recorded(
         hidden = arguments.leaves[arguments.hidden]
         extra = [arguments.leaves[i] for i in arguments.differentiable()]
         if not (parts.slots or extra or hidden.requires_grad):
-            return wrapped.run(block, *args, **kwargs)
+            return _plain(block, wrapped, args, kwargs)
         if wrapped.nested is None:
             wrapped.nested = sharding.inside(block)
         if wrapped.nested:
@@ -89,6 +89,13 @@ def _recorded(
         if error.args and str(error).startswith("block '"):
             raise
         raise ReplayError(f"block '{wrapped.name}' ({type(block).__name__}): {error}") from error
+
+
+def _plain(
+    block: nn.Module, wrapped: Wrapped, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    with wrapped.noting_touches(block.parameters() if wrapped.touched else ()):
+        return wrapped.run(block, *args, **kwargs)
 
 
 def _keep_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
@@ -255,10 +262,10 @@ def _replay(
             weighted = ops.gather_rows(grad, rows.index, weights)
             handler = Replayer(job.seed, rows, cache.attention, picked)
             handler.positions = rows.token if job.learned.positional else None
-            with job.modes_restored():
+            with job.modes.restored(job.parameters):
                 out = job.run(handler, *job.packed_call(rows, hidden, leaves))
-            job.forget_output()
-            found = _gradients(job, out, inputs, weighted.unsqueeze(0).to(out.dtype))
+                job.forget_output()
+                found = _gradients(job, out, inputs, weighted.unsqueeze(0).to(out.dtype))
     through = found.pop(0) if wants[0] else None
     # zeros and not None: sharding strategies wait for every rank's gradient
     others = inputs[len(inputs) - len(found) :]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_sage import sharding
+from lightning_sage import adapters, sharding
 from lightning_sage.axes import ReplayError
 from lightning_sage.balance import Agreement
 from lightning_sage.block import sparse_forward
@@ -138,12 +138,19 @@ class Installation:
 
     @property
     def unreached(self) -> list[str]:
-        """Trainable parameters of replayed blocks to which no replay has given a gradient yet."""
-        return [
-            f"{name}.{parameter}"
-            for name, block in self.blocks.items()
-            for parameter in sorted(block.__dict__[ATTRIBUTE].unreached or ())
-        ]
+        """Trainable parameters of replayed blocks to which no replay has given a gradient yet.
+
+        One that blocks share is reached where any of them reaches it.
+        """
+        missing, reached = dict[str, int](), set[int]()
+        for name, block in self.blocks.items():
+            names = block.__dict__[ATTRIBUTE].unreached
+            for parameter, value in block.named_parameters() if names is not None else ():
+                if parameter in names:
+                    missing[f"{name}.{parameter}"] = id(value)
+                elif value.requires_grad:
+                    reached.add(id(value))
+        return [name for name, value in missing.items() if value not in reached]
 
     def check_gradients(self, where_torch_puts_them: bool = True) -> bool:
         """Whether the latest backward pass reached a block; if so, its parameters have gradients.
@@ -239,7 +246,7 @@ def install(
         )
     dense = policy.left_dense(len(blocks))
     wrapped = {n: m for i, (n, m) in enumerate(blocks.items()) if i not in dense}
-    for reason in sharding.conflicts(model, wrapped):
+    for reason in (*sharding.conflicts(model, wrapped), *adapters.conflicts(model)):
         if not allow_untested:
             raise ValueError(f"{reason}; allow_untested=True tries it nevertheless")
         warnings.warn(f"SAGE goes on because of allow_untested=True: {reason}", stacklevel=2)

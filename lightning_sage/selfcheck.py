@@ -281,7 +281,7 @@ def dense_bytes(job: Job) -> int:
     hidden = job.hidden.detach().requires_grad_()
     with torch.enable_grad(), job.surroundings.restored(), saved_bytes(exclude=there) as held:
         args, kwargs = job.arguments.call({job.arguments.hidden: hidden})
-        output = job.wrapped.run(block, *args, **kwargs)
+        output = job.own(args, kwargs)
         bytes_held = held()
     del output
     return bytes_held

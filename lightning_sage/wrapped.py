@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +52,7 @@ class Wrapped:
         nested: Whether parts of the block are sharded by themselves, known from its first call on.
         unreached: Parameters that no replay has given a gradient; None before the first replay.
         replayed_in: Of a block with parts sharded by themselves, its latest backward pass.
+        touched: By the id of a parameter, how often the block's own forward marked it as modified.
     """
 
     name: str
@@ -65,12 +66,30 @@ class Wrapped:
     nested: bool | None = None
     unreached: set[str] | None = None
     replayed_in: int = -1
+    touched: dict[int, int] = field(default_factory=dict)
 
     def run(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The block's own forward."""
         if self.previous is not None:
             return self.previous(*args, **kwargs)
         return type(block).forward(block, *args, **kwargs)
+
+    @contextmanager
+    def noting_touches(self, parameters: Iterable[Tensor]) -> Iterator[None]:
+        """Tell what the block's own forward does to versions of parameters from what others do.
+
+        PEFT parametrizes the experts that it adapts for the length of a call, which sets them to
+        themselves.
+        """
+        before = [(x, x._version) for x in parameters]
+        yield
+        for x, version in before:
+            if x._version != version:
+                self.touched[id(x)] = self.touched.get(id(x), 0) + x._version - version
+
+    def versions(self, parameters: list[Tensor]) -> list[int]:
+        """Versions of parameters, as far as others than the block changed them."""
+        return [x._version - self.touched.get(id(x), 0) for x in parameters]
 
     def refuse_second_replay(self) -> None:
         """Refuse a block with parts sharded by themselves twice in one backward pass.
