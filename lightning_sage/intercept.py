@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_sage.axes import ReplayError
+from lightning_sage.flash import FlashMask
 from lightning_sage.follow import Follower, Weigher
 from lightning_sage.torch_attention import FORWARD, multi_head_attention
 
@@ -42,6 +43,7 @@ class AttentionCall:
             PyTorch's SDPA.
         repeated: Keys and values as SDPA was given them, ``[B, H, T, D]`` where grouped.
         sinks: ``[H]``, logits of a key without a value, which every query sees; or None.
+        flash: What stands in the place of `mask` and `causal`, or None.
     """
 
     q: Tensor
@@ -55,6 +57,7 @@ class AttentionCall:
     run: Callable[[], Tensor] | None = None
     repeated: tuple[Tensor, Tensor] | None = None
     sinks: Tensor | None = None
+    flash: FlashMask | None = None
 
 
 class Handler(Weigher, Protocol):
@@ -177,13 +180,16 @@ class Tap(TorchFunctionMode):
                 # F.scaled_dot_product_attention follows, perhaps with repeated keys
                 self._shown = query, key, value
                 return function(module, query, key, value, *args, **kwargs)
-            return self._eager(function, module, query, key, value, *args, **kwargs)
+            mask = args[0] if args else kwargs.get("attention_mask")
+            flash = FlashMask.of(name, module, query, mask, kwargs)
+            return self._eager(function, flash, module, query, key, value, *args, **kwargs)
 
         return seen
 
     def _eager(
         self,
         function: Callable[..., Any],
+        flash: FlashMask | None,
         module: nn.Module,
         query: Tensor,
         key: Tensor,
@@ -207,7 +213,9 @@ class Tap(TorchFunctionMode):
                 self._inside = False
             return out.transpose(1, 2)
 
-        mask = attention_mask if attention_mask is None else attention_mask[..., : key.shape[2]]
+        mask = None
+        if attention_mask is not None and flash is None:
+            mask = attention_mask[..., : key.shape[2]]
         call = AttentionCall(
             query,
             key,
@@ -219,6 +227,7 @@ class Tap(TorchFunctionMode):
             dropout,
             run,
             sinks=kwargs.get("s_aux"),
+            flash=flash,
         )
         out = self.handler.attention(_checked(_as_autocast(call)))
         return out.transpose(1, 2), weights

@@ -13,6 +13,7 @@ from lightning_sage.axes import ReplayError
 from lightning_sage.balance import Agreement, Budget, fit_kept
 from lightning_sage.drops import Seed
 from lightning_sage.facts import Facts, Judged
+from lightning_sage.flash import FlashMask
 from lightning_sage.masks import Looked, cross_visibility, visibility
 from lightning_sage.ops import Rows, Visibility
 from lightning_sage.policy import SagePolicy
@@ -92,12 +93,22 @@ class Session:
         # the modules being called, outermost first, and what each was told, by its callers too
         self._inside: dict[nn.Module, dict[str, Any]] = {}
         self._masks: list[Looked] = []
+        self._flash: list[tuple[FlashMask, Tensor, Visibility]] = []
         self._facts: list[Facts] = []
         self.skip_rows = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle take along: nothing that belongs to a forward under way."""
-        passing = ("_inside", "_masks", "_facts", "batch", "records", "skip_rows", "agreement")
+        passing = (
+            "_inside",
+            "_masks",
+            "_flash",
+            "_facts",
+            "batch",
+            "records",
+            "skip_rows",
+            "agreement",
+        )
         return {name: value for name, value in vars(self).items() if name not in passing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -198,7 +209,9 @@ class Session:
     def recorder(self, seed: Seed, facts: Facts, crossing: Crossing = ALONE) -> Recorder:
         """What runs the attention of a dense forward."""
 
-        def see(mask: Tensor | None, causal: bool, crosses: bool) -> Visibility:
+        def see(mask: Tensor | FlashMask | None, causal: bool, crosses: bool) -> Visibility:
+            if isinstance(mask, FlashMask):
+                return self._flash_visibility(mask, facts.valid)
             return self.visibility(mask, causal, facts.valid, crosses)
 
         return Recorder(seed, facts.every, facts.valid, see, facts.key_rows, crossing)
@@ -216,6 +229,16 @@ class Session:
         # outside of any forward seen from above nobody would forget it again
         if self._inside:
             self._masks = [*self._masks[-3:], Looked(mask, valid, found)]
+        return found
+
+    def _flash_visibility(self, mask: FlashMask, valid: Tensor) -> Visibility:
+        """Likewise of flash attention."""
+        for known, of, visible in self._flash:
+            if of is valid and known.same(mask):
+                return visible
+        found = mask.visibility(valid)
+        if self._inside:
+            self._flash = [*self._flash[-3:], (mask, valid, found)]
         return found
 
     def loss_rows(self, valid: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
