@@ -11,7 +11,9 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import modeling_flash_attention_utils as flash
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import zoo
@@ -163,10 +165,13 @@ def test_skipping_is_refused_with_flash_attention():
         step("llama", model, batch_of("llama", "right"), "flash_attention_2")
 
 
-@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
 def test_flex_attention_is_refused_by_name():
+    """Its mask is made here, because transformers compiles the making of one."""
     model, batch = zoo.build("llama"), batch_of("llama", "right")
+    blocks = create_block_mask(lambda b, h, q, k: q >= k, None, None, 128, 128, device="cpu")
+    masks = ALL_MASK_ATTENTION_FUNCTIONS._local_mapping
     with (
+        mock.patch.dict(masks, {"flex_attention": lambda *_, **__: blocks}),
         install(model, policy_of(keep=0.4)),
         pytest.raises(ReplayError, match=r"model\.layers\.0.*flex_attention.*BlockMask.*'sdpa'"),
     ):
