@@ -175,6 +175,9 @@ class PackedForward(Drops):
         """
         if call.flash is not None or (self.sight is None and call.mask is not None):
             raise ReplayError("it makes its own attention mask: use unselected='identity'")
+        # what stands for a mask of pairs hides nothing, unless the block turns it round (torch.nn)
+        if call.mask is not None and bool(call.mask[(0,) * call.mask.dim()].isneginf()):
+            raise ReplayError("its mask hides where it is True: use unselected='identity'")
         if call.sinks is not None or call.k.shape[2] != call.q.shape[2]:
             raise ReplayError(
                 "it attends to sinks or to another sequence: use unselected='identity'"
