@@ -18,12 +18,12 @@ from torch import Tensor
 
 from lightning_sage import ops
 from lightning_sage.axes import ReplayError
-from lightning_sage.buffers import buffers_kept
+from lightning_sage.buffers import buffers_kept, random_state_kept
 from lightning_sage.comparer import Comparer, NeedsPairs, norms
 from lightning_sage.dense_bytes import dense_bytes
 from lightning_sage.drops import Seed
 from lightning_sage.facts import Facts
-from lightning_sage.intercept import Tap, random_state_kept
+from lightning_sage.intercept import Tap
 from lightning_sage.ops import Rows
 from lightning_sage.replay import Crossing, Replayer
 from lightning_sage.seen import BY_HAND, Seen, Written
