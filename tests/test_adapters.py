@@ -2,17 +2,20 @@
 
 import copy
 import functools
+import re
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 
+import snippets
 import zoo
 from accuracy import assert_gradients_close, relative_error
-from lightning_sage import AllTokens, SagePolicy, TopMass, install
+from lightning_sage import AllTokens, SagePolicy, TopMass, adapters, install
 from lightning_sage.axes import ReplayError
 from lightning_sage.wrapped import ATTRIBUTE
-from steps import oracle_step, policy_of, run
+from steps import oracle_step, policy_of, run, trained
 
 pytestmark = [
     # what peft says of layers that it adapts, and of a base that is on no hub
@@ -403,16 +406,6 @@ def test_a_hook_that_stays_is_no_obstacle():
         assert_gradients_close(gradients_of(model, lambda: model(**batch).loss), dense, 1e-10)
 
 
-def trained(model, policy=None, steps=3):
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    installation = None if policy is None else install(model, policy)
-    for step in range(steps):
-        optimizer.zero_grad()
-        model(**zoo.make_batch("llama", seed=step)).loss.backward()
-        optimizer.step()
-    return installation
-
-
 @pytest.mark.parametrize("which", ["lora", "dora", "lora-saves-modules", "ia3"])
 def test_merged_after_training_as_after_dense_training(which):
     models = [build(which)[1] for _ in range(2)]
@@ -522,3 +515,21 @@ def test_adapters_that_are_not_in_use_are_no_obstacle():
         loss = model(**batch).loss
         with pytest.raises(ReplayError, match="hooks"):
             loss.backward()
+
+
+DOCUMENT = (Path(__file__).parents[1] / "examples" / "adapters.md").read_text()
+
+
+def test_the_document_runs():
+    codes = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
+    assert codes
+    for code in codes:
+        names = snippets.names()
+        exec(compile(code, "examples/adapters.md", "exec"), names)
+        assert not any("lora_" in name for name, _ in names["model"].named_parameters())
+
+
+def test_the_document_says_what_is_refused():
+    refused = DOCUMENT.split("## What is refused")[1]
+    for name in (*adapters._KINDS, *adapters._FIELDS):
+        assert f"`{name}`" in refused
