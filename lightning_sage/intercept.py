@@ -71,6 +71,13 @@ class Handler(Weigher, Protocol):
     def dropout(self, x: Tensor, p: float) -> Tensor:
         """`x` with elements dropped."""
 
+    def draw(self, func: Callable[..., Tensor], args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """Random numbers of a shape that the block names."""
+
+
+# what draws from sizes alone; what draws by the shape of a tensor is refused by the self-check
+_DRAWS = (torch.rand, torch.randn, torch.randint, torch.randperm)
+
 
 class _Current(threading.local):
     tap: Tap | None = None
@@ -115,6 +122,8 @@ class Tap(TorchFunctionMode):
         if func is F.dropout:
             followed = self.follower.see(func, args, kwargs)
             return followed if followed is not NotImplemented else self._dropout(*args, **kwargs)
+        if func in _DRAWS and not kwargs.keys() & {"generator", "out"}:
+            return self.handler.draw(func, args, kwargs)
         if func is torch.arange and self.handler.positions is not None:
             return self._arange(*args, **kwargs)
         if not self._inside:

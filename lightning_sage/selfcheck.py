@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_sage import ops
 from lightning_sage.axes import ReplayError
 from lightning_sage.buffers import buffers_kept
-from lightning_sage.comparer import Comparer, NeedsPairs, norms
+from lightning_sage.comparer import Comparer, NeedsPairs, norms, random_numbers
 from lightning_sage.drops import Seed
 from lightning_sage.facts import Facts
 from lightning_sage.intercept import Tap, random_state_kept
@@ -87,11 +87,9 @@ def _compare(job: Job, hidden: Tensor) -> bool:
     if random.getstate() != drawn:
         random.setstate(drawn)
         watch.append("Python's random")
+    watch += [f"{list(x)}" for x in recorder.drawn if {job.T, job.B * job.T} & set(x)]
     if watch:
-        raise ReplayError(
-            f"it draws random numbers ({', '.join(sorted(set(watch)))}), which a replay of some "
-            "rows cannot repeat: switch that off, or leave the block dense with dense_blocks"
-        )
+        raise random_numbers(watch)
     rows = Rows.of(_half(facts.valid))
     finite = out.flatten(0, 1)[rows.index].isfinite().all(-1)
     if not bool(finite.any()):
@@ -107,7 +105,7 @@ def _compare(job: Job, hidden: Tensor) -> bool:
     first: ReplayError | None = None
     while True:
         try:
-            _compare_replay(job, hidden, out, rows, recorder.seen, finite, routed)
+            _compare_replay(job, hidden, out, rows, recorder.seen, finite, routed, recorder.drawn)
             return True
         except NeedsPairs:
             job.learn(replace(job.learned, pairs=True))
@@ -127,6 +125,7 @@ def _compare_replay(
     seen: list[Seen | Written],
     finite: Tensor,
     routed: bool,
+    drawn: list[torch.Size],
 ) -> None:
     """Replay some rows, and compare what attention is given and what the block returns.
 
@@ -137,7 +136,7 @@ def _compare_replay(
     replayer.weights_too = False
     replayer.positions = rows.token if job.learned.positional else None
     comparer = Comparer(rows, seen, finite, replayer, job.learned.pairs)
-    comparer.routed = routed
+    comparer.routed, comparer.drawn = routed, drawn
     own = ops.gather_rows(hidden, rows.index)
     again = _replayed(job, comparer, rows, own)
     if comparer.calls != len(seen):
