@@ -61,12 +61,18 @@ def first_call(job: Job) -> None:
     with torch.no_grad(), random_state_kept(hidden.device), buffers_kept(job.block), unseen:
         if counts:
             session.dense_bytes[wrapped.index] = dense_bytes(job)
-        if checks and (_compare(job, hidden) or wrapped.nested):
+        if checks and (_stirred(job, hidden) or wrapped.nested):
             wrapped.checked[job.kind] = job.learned
 
 
 def _as_it_is(x: Tensor) -> Tensor:
     return x
+
+
+def _stirred(job: Job, hidden: Tensor) -> bool:
+    """Compare with parameters that say something; see :func:`_compare`."""
+    with job.parts.stirred():
+        return _compare(job, hidden)
 
 
 def _compare(job: Job, hidden: Tensor) -> bool:
@@ -189,7 +195,7 @@ def _replayed(job: Job, comparer: Comparer, rows: Rows, own: Tensor) -> Tensor:
                 "dense with dense_blocks"
             ) from error
         job.learn(replace(job.learned, outlets=_outlets(job, own)))
-    known = {id(x) for x in (own, *leaves.values(), *job.parameters)}
+    known = {id(x) for x in (own, *leaves.values(), *job.parts.trainable())}
     # where parts are sharded by themselves, the replay hands gradients to whatever is there
     lost = (
         []

@@ -503,7 +503,7 @@ def test_what_is_tried_nevertheless_is_refused_at_the_first_step(which):
 
 
 def test_adapters_that_are_not_in_use_are_no_obstacle():
-    """Until they are used: then what is new about the call is refused, in its backward at last."""
+    """Until they are used: then what is new about the call is refused."""
     model, batch = two_adapters(), batch_of_one()
     invoked = [int(batch["input_ids"][0, 4])]
     model.add_adapter(
@@ -516,10 +516,45 @@ def test_adapters_that_are_not_in_use_are_no_obstacle():
     with install(model, policy_of(keep=AllTokens())):
         model(**batch).loss.backward()
         model.set_adapter("invoked")
-        # it starts as nothing, so that no comparison of values could tell
-        loss = model(**batch).loss
-        with pytest.raises(ReplayError, match="hooks"):
-            loss.backward()
+        with pytest.raises(ReplayError, match="attention input q"):
+            model(**batch)
+
+
+class Mean(torch.nn.Module):
+    """An adapter that looks at all tokens, and starts as nothing."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.weight = layer, torch.nn.Parameter(torch.zeros_like(layer.weight))
+
+    def forward(self, x):
+        return self.layer(x) + x.mean(1, keepdim=True) @ self.weight.T
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_an_adapter_will_do_is_seen_before_it_does_it(dtype):
+    model, batch = zoo.build("llama", dtype=dtype).requires_grad_(False), zoo.make_batch("llama")
+    for layer in model.model.layers:
+        layer.mlp.down_proj = Mean(layer.mlp.down_proj)
+    before = dict(model.named_parameters())
+    with install(model), pytest.raises(ReplayError, match="another output than the forward"):
+        model(**batch)
+    assert all(before[name] is parameter for name, parameter in model.named_parameters())
+    assert not any(p.any() for p in before.values() if p.requires_grad)
+
+
+def test_an_adapter_that_starts_as_nothing_trains_as_densely():
+    models = [adapted("llama", lora()[1]()) for _ in range(2)]
+    assert not any(p.any() for n, p in models[0].named_parameters() if "lora_B" in n)
+    trained(models[0], policy_of(keep=AllTokens()))
+    trained(models[1])
+    weights, expected = (parameters_of(model) for model in models)
+    assert all(weight.any() for weight in weights.values())
+    assert_gradients_close(weights, expected, 1e-10)
+
+
+def parameters_of(model):
+    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
 
 DOCUMENT = (Path(__file__).parents[1] / "examples" / "adapters.md").read_text()
