@@ -19,6 +19,7 @@ from lightning_sage.modes import Modes
 from lightning_sage.ops import Rows
 from lightning_sage.records import BlockRecord
 from lightning_sage.replay import Crossing
+from lightning_sage.sides import Sides, unheard
 from lightning_sage.wrapped import Learned, Parts, Wrapped
 
 
@@ -87,6 +88,7 @@ class Job:
         self.record: BlockRecord | None = None
         # outputs besides hidden states that carry a gradient, as far as the latest run tells
         self.outlets: dict[int, Tensor] = {}
+        self.sides = Sides()
         self._pairs: dict[int, Tensor] = {}
         self._outputs: tuple[list[Any], pytree.TreeSpec | None, int] | None = None
 
@@ -173,11 +175,8 @@ class Job:
         if not self.learned.outlets:
             return {}
         hidden = {self.arguments.hidden: self.hidden.detach()}
-        with (
-            torch.enable_grad(),
-            self.surroundings.restored(),
-            random_state_kept(self.hidden.device),
-        ):
+        kept = random_state_kept(self.hidden.device)
+        with torch.enable_grad(), self.surroundings.restored(), kept, unheard():
             args, kwargs = self.arguments.call(hidden)
             leaves = pytree.tree_leaves(self.own(args, kwargs))
         return {i: leaves[i] for i in self.learned.outlets}

@@ -26,7 +26,8 @@ from lightning_sage.intercept import Tap, random_state_kept
 from lightning_sage.memory import saved_bytes
 from lightning_sage.ops import Rows
 from lightning_sage.replay import Crossing, Replayer
-from lightning_sage.seen import Seen, Written
+from lightning_sage.seen import BY_HAND, Seen, Written
+from lightning_sage.sides import unheard
 from lightning_sage.wrapped import Learned
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def first_call(job: Job) -> None:
     seen = bool(wrapped.checked) if wrapped.nested else job.kind in wrapped.checked
     checks = session.force_check or not seen
     # not in a look at the gradient, which may be of a part of the batch
-    counts = session.measure_dense and wrapped.index not in session.dense_bytes
+    call = wrapped.index, session.calls[wrapped.index]
+    counts = session.measure_dense and call not in session.dense_bytes
     counts = counts and session.probe is None
     if not checks:
         latest = next(reversed(wrapped.checked.values()))
@@ -56,23 +58,22 @@ def first_call(job: Job) -> None:
         return
     hidden = job.hidden
     job.parts.refuse_repacking(hidden.device)
+    job.parts.refuse_capacity()
     # hooks of a checkpoint around the block count what is saved, and this is saved once only
     unseen = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
-    with torch.no_grad(), random_state_kept(hidden.device), buffers_kept(job.block), unseen:
+    kept = random_state_kept(hidden.device), buffers_kept(job.block)
+    with torch.no_grad(), kept[0], kept[1], unseen, unheard():
         if counts:
-            session.dense_bytes[wrapped.index] = dense_bytes(job)
-        if checks and (_stirred(job, hidden) or wrapped.nested):
-            wrapped.checked[job.kind] = job.learned
+            session.dense_bytes[call] = dense_bytes(job)
+        if checks:
+            with job.parts.stirred():
+                agreed = _compare(job, hidden)
+            if agreed or wrapped.nested:
+                wrapped.checked[job.kind] = job.learned
 
 
 def _as_it_is(x: Tensor) -> Tensor:
     return x
-
-
-def _stirred(job: Job, hidden: Tensor) -> bool:
-    """Compare with parameters that say something; see :func:`_compare`."""
-    with job.parts.stirred():
-        return _compare(job, hidden)
 
 
 def _compare(job: Job, hidden: Tensor) -> bool:
@@ -107,6 +108,8 @@ def _compare(job: Job, hidden: Tensor) -> bool:
         return False
     if any(isinstance(seen, Written) for seen in recorder.seen):
         job.learn(replace(job.learned, pairs=True))
+        if job.session.policy.attention == "full":
+            raise ReplayError(BY_HAND)
     routed = bool(called & {"topk", "argmax", "sort", "argsort"})
     first: ReplayError | None = None
     while True:

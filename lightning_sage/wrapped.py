@@ -51,6 +51,7 @@ class Wrapped:
         checked: By the kinds of calls that passed the self-check, what it found out.
         nested: Whether parts of the block are sharded by themselves, known from its first call on.
         unreached: Parameters that no replay has given a gradient; None before the first replay.
+        refused: Why the block is left dense, where that was found out in its first call.
         replayed_in: Of a block with parts sharded by themselves, its latest backward pass.
         touched: By the id of a parameter, how often the block's own forward marked it as modified.
     """
@@ -66,6 +67,7 @@ class Wrapped:
     nested: bool | None = None
     unreached: set[str] | None = None
     replayed_in: int = -1
+    refused: str | None = None
     touched: dict[int, int] = field(default_factory=dict)
 
     def run(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -189,6 +191,21 @@ class Parts:
         finally:
             for own, name, parameter in stilled:
                 own[name] = parameter
+
+    def refuse_capacity(self) -> None:
+        """Refuse experts that take so many tokens only: a replay of some drops others.
+
+        Raises:
+            ReplayError: There are some.
+        """
+        for module in self.modules:
+            capacity = getattr(module, "expert_capacity", None)
+            if isinstance(capacity, int):
+                raise ReplayError(
+                    f"its {type(module).__name__} drops tokens beyond expert_capacity={capacity}, "
+                    "which a replay of some tokens cannot repeat: leave it dense with dense_blocks "
+                    "or install(..., strict=False)"
+                )
 
     def trainable(self) -> list[Tensor]:
         """The tensors in the slots, as they are now."""

@@ -174,7 +174,10 @@ def _transformers_attention(watch):
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    def attend(module, q, k, v, mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
+    def attend(
+        module, q, k, v, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs
+    ):
+        mask = attention_mask
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if mask is None and causal:
             mask = q.new_ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()

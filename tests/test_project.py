@@ -50,6 +50,7 @@ MAY_IMPORT = {
     "sharding": {"torch"},
     "records": {"torch"},
     "memory": {"torch"},
+    "towers": {"torch"},
     "masks": {"torch", "ops"},
     "packing": {"torch", "ops"},
     "intercept": {"torch", "arguments"},
@@ -59,7 +60,7 @@ MAY_IMPORT = {
     "saliency": {"torch", "facts", "ops", "replay"},
     "session": {
         "torch", "arguments", "balance", "facts", "masks", "ops", "policy", "records", "replay",
-        "saliency", "selections",
+        "saliency", "selections", "towers",
     },
     "wrapped": {"torch", "arguments", "session"},
     "job": {
