@@ -75,6 +75,13 @@ class Handler(Weigher, Protocol):
     def dropout(self, x: Tensor, p: float) -> Tensor:
         """`x` with elements dropped."""
 
+    def draw(self, func: Callable[..., Tensor], args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """Random numbers of a shape that the block names."""
+
+
+# what draws from sizes alone; what draws by the shape of a tensor is refused by the self-check
+_DRAWS = (torch.rand, torch.randn, torch.randint, torch.randperm)
+
 
 class _Current(threading.local):
     tap: Tap | None = None
@@ -121,6 +128,8 @@ class Tap(TorchFunctionMode):
             return followed if followed is not NotImplemented else self._dropout(*args, **kwargs)
         if func is FORWARD:
             return self._in_sight(multi_head_attention, *args, **kwargs)
+        if func in _DRAWS and not kwargs.keys() & {"generator", "out"}:
+            return self.handler.draw(func, args, kwargs)
         if self.handler.positions is not None and func in COUNTING:
             return counted(self.handler.positions, func, args, kwargs)
         if not self._inside:

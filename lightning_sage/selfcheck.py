@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_sage import ops
 from lightning_sage.axes import ReplayError
 from lightning_sage.buffers import buffers_kept, random_state_kept
-from lightning_sage.comparer import Comparer, NeedsPairs, norms
+from lightning_sage.comparer import Comparer, NeedsPairs, norms, random_numbers
 from lightning_sage.dense_bytes import dense_bytes
 from lightning_sage.drops import Seed
 from lightning_sage.facts import Facts
@@ -65,8 +65,11 @@ def first_call(job: Job) -> None:
     with torch.no_grad(), kept[0], kept[1], unseen, unheard():
         if counts:
             session.dense_bytes[call] = dense_bytes(job)
-        if checks and (_compare(job, hidden) or wrapped.nested):
-            wrapped.checked[job.kind] = job.learned
+        if checks:
+            with job.parts.stirred():
+                agreed = _compare(job, hidden)
+            if agreed or wrapped.nested:
+                wrapped.checked[job.kind] = job.learned
 
 
 def _as_it_is(x: Tensor) -> Tensor:
@@ -91,11 +94,9 @@ def _compare(job: Job, hidden: Tensor) -> bool:
     if random.getstate() != drawn:
         random.setstate(drawn)
         watch.append("Python's random")
+    watch += [f"{list(x)}" for x in recorder.drawn if {job.T, job.B * job.T} & set(x)]
     if watch:
-        raise ReplayError(
-            f"it draws random numbers ({', '.join(sorted(set(watch)))}), which a replay of some "
-            "rows cannot repeat: switch that off, or leave the block dense with dense_blocks"
-        )
+        raise random_numbers(watch)
     rows = Rows.of(_half(facts.valid))
     if not bool(_finite(out, rows).any()):
         if job.wrapped.nested:
@@ -109,7 +110,7 @@ def _compare(job: Job, hidden: Tensor) -> bool:
         if job.session.policy.attention == "full":
             raise ReplayError(BY_HAND)
     routed = bool(called & {"topk", "argmax", "sort", "argsort"})
-    given = hidden, out, recorder.seen, routed
+    given = hidden, out, recorder.seen, routed, recorder.drawn
     first: ReplayError | None = None
     while True:
         try:
@@ -134,6 +135,7 @@ def _compare_replay(
     out: Tensor,
     seen: list[Seen | Written],
     routed: bool,
+    drawn: list[torch.Size],
     rows: Rows,
 ) -> None:
     """Replay some rows, and compare what attention is given and what the block returns.
@@ -145,7 +147,7 @@ def _compare_replay(
     replayer.weights_too = False
     replayer.positions = rows.token if job.learned.positional else None
     comparer = Comparer(rows, seen, _finite(out, rows), replayer, job.learned.pairs)
-    comparer.routed = routed
+    comparer.routed, comparer.drawn = routed, drawn
     own = ops.gather_rows(hidden, rows.index)
     again = _replayed(job, comparer, rows, own)
     if comparer.calls != len(seen):
@@ -203,7 +205,7 @@ def _replayed(job: Job, comparer: Comparer, rows: Rows, own: Tensor) -> Tensor:
                 "dense with dense_blocks"
             ) from error
         job.learn(replace(job.learned, outlets=_outlets(job, own)))
-    known = {id(x) for x in (own, *leaves.values(), *job.parameters)}
+    known = {id(x) for x in (own, *leaves.values(), *job.parts.trainable())}
     # where parts are sharded by themselves, the replay hands gradients to whatever is there
     lost = (
         []

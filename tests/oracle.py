@@ -88,11 +88,11 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, attention):
         super().__init__()
-        self.attention, self.rows, self.dropouts = attention, None, 0
+        self.attention, self.rows, self.dropouts, self.draws = attention, None, 0, 0
 
     @contextmanager
     def inside(self, rows):
-        self.rows, self.dropouts = rows, 0
+        self.rows, self.dropouts, self.draws = rows, 0, 0
         try:
             yield
         finally:
@@ -103,6 +103,12 @@ class _Watch(TorchFunctionMode):
             return self._sdpa(*args, **(kwargs or {}))
         if func is F.dropout and self.rows is not None:
             return self._dropout(*args, **(kwargs or {}))
+        if func in (torch.rand, torch.randint, torch.randperm) and self.rows is not None:
+            from lightning_sage.drops import numbered
+
+            self.draws += 1
+            generator = numbered(self.rows.seed, self.draws - 1, torch.device("cpu"))
+            return func(*args, **(kwargs or {}), generator=generator)
         return func(*args, **(kwargs or {}))
 
     def _sdpa(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
