@@ -5,6 +5,7 @@ Against dense autograd and the brute-force oracle, and what of a batch each of t
 
 import functools
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -334,6 +335,14 @@ class Described(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def test_the_blocks_of_the_language_model_can_be_named():
+    """As examples/vision_language.md names them."""
+    pattern = "model.model.language_model.layers.*"
+    assert pattern in (Path(__file__).parents[1] / "examples" / "vision_language.md").read_text()
+    with install(Described("llava"), SagePolicy(blocks=[pattern])) as installation:
+        assert list(installation.blocks) == [pattern.replace("*", str(i)) for i in range(2)]
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
