@@ -62,7 +62,7 @@ class Command:
     """
 
     seeds: int = 3
-    steps: int = 200
+    steps: int = 400
     rounds: int = 8
     batch: int = 8
     piece: int = 64
