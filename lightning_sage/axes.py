@@ -32,6 +32,7 @@ class Axis(Enum):
     BATCHED = "batched"  # [B | 1, T, ...]
     SECOND = "second"  # [H, B | 1, T] or [B | 1, H | 1, T, D]: tokens on axis 2
     HEADS = "heads"  # [B * H, 1, T]: one row for each head
+    LAST = "last"  # [H, 1, L]: the last T of a longer row for each head
     PAIRS = "pairs"  # [..., T | 1, T]: a mask or bias of pairs of tokens
     OTHER = "other"  # [B, S, ...]: along the tokens of another sequence
     CROSS = "cross"  # [B | 1, H | 1, T | 1, S]: a mask or bias of tokens and those of the other
@@ -49,6 +50,8 @@ def axis_of(name: str, x: Tensor, B: int, T: int) -> Axis:
         ReplayError: The axis cannot be told.
     """
     shape, batched = tuple(x.shape), x.dim() > 0 and x.shape[0] in (B, 1)
+    if name == "position_bias" and x.dim() == 3 and shape[1] == 1 and shape[2] >= T:
+        return Axis.LAST
     if x.dim() == 0 or T not in shape or "cu_seq" in name or name in _TABLES:
         return Axis.NONE
     if x.dim() == 1 and T != B:
@@ -122,6 +125,8 @@ def packed_argument(x: Tensor, axis: Axis, rows: Rows, real: bool) -> Tensor:
         case Axis.HEADS:
             by_head: Tensor = x.unflatten(0, (rows.B, -1))
             return by_head[sample, :, 0, token].t().unsqueeze(1)
+        case Axis.LAST:
+            return x[:, :, x.shape[2] - T + token]
         case Axis.OTHER:
             return x.expand(rows.B, *x.shape[1:]).flatten(0, 1).unsqueeze(0)
         case Axis.PAIRS if real:
@@ -166,5 +171,6 @@ def _cross(x: Tensor, rows: Rows) -> Tensor:
     if x.shape[2] == 1:
         every = x.expand(rows.B, *x.shape[1:])
         return every.permute(1, 2, 0, 3).flatten(2).unsqueeze(0)
-    found = x[rows.sample if x.shape[0] > 1 else 0, :, rows.token]
+    sample = rows.sample if x.shape[0] > 1 else torch.zeros_like(rows.sample)
+    found = x[sample, :, rows.token]
     return found.movedim(1, 0).repeat(1, 1, rows.B).unsqueeze(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -11,18 +12,17 @@ from torch.autograd.function import once_differentiable
 from lightning_sage import ops, selfcheck, sharding
 from lightning_sage.arguments import Arguments
 from lightning_sage.axes import ReplayError
-from lightning_sage.balance import fit_replayed, least
+from lightning_sage.backward import replay
 from lightning_sage.cache import SparseCache
 from lightning_sage.facts import Facts
 from lightning_sage.job import Job, Surroundings
 from lightning_sage.ops import Rows
 from lightning_sage.packing import store
 from lightning_sage.records import BlockRecord
-from lightning_sage.replay import PackedForward, Replayer
+from lightning_sage.replay import PackedForward
 from lightning_sage.seen import Kept
-from lightning_sage.selections import Selection
-from lightning_sage.session import REPLAY_STREAM
-from lightning_sage.wrapped import ATTRIBUTE, Parts, Wrapped, hooks_off
+from lightning_sage.sides import collected
+from lightning_sage.wrapped import ATTRIBUTE, Parts, Wrapped
 
 
 def sparse_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -43,43 +43,87 @@ def sparse_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if wrapped is None:
         # removed, while somebody who wrapped the block after us still calls here
         return type(block).forward(block, *args, **kwargs)
-    if not torch.is_grad_enabled():
-        return wrapped.run(block, *args, **kwargs)
+    if wrapped.refused is not None or not torch.is_grad_enabled():
+        return _plain(block, wrapped, args, kwargs)
     try:
-        if getattr(block, "gradient_checkpointing", False):
-            raise ReplayError(
-                "gradient checkpointing was switched on after SAGE was installed: switch it off, "
-                "or on before, and SAGE takes its place"
-            )
-        if sharding.recomputed_reentrantly():
-            raise ReplayError(
-                "it is called again by checkpoint(..., use_reentrant=True), which makes its first "
-                "call without a graph: use use_reentrant=False, or leave the block dense"
-            )
-        arguments = Arguments.of(block, args, kwargs)
-        parts = Parts(block)
-        hidden = arguments.leaves[arguments.hidden]
-        extra = [arguments.leaves[i] for i in arguments.differentiable()]
-        if not (parts.slots or extra or hidden.requires_grad):
-            return wrapped.run(block, *args, **kwargs)
-        if wrapped.nested is None:
-            wrapped.nested = sharding.inside(block)
-        if wrapped.nested:
-            # their tensors are others during the replay: it gives the gradients to them itself
-            parts.slots = []
-        job = Job(block, wrapped, arguments, parts, Surroundings(hidden.device))
-        selfcheck.first_call(job)
-        if wrapped.session.probe is not None:
-            wrapped.session.probe.note(wrapped.name, job.parameters, job.seed)
-        # something has to require grad where frozen embeddings enter a block that is trained
-        anchor = [torch.zeros((), requires_grad=True)] if wrapped.nested else []
+        job = _prepared(block, wrapped, args, kwargs)
+    except ReplayError as error:
+        named = _named(block, wrapped, error)
+        if wrapped.session.strict:
+            raise named from error
+        wrapped.refused = str(error)
+        warnings.warn(f"left dense: {named}", stacklevel=2)
+        job = None
+    if job is None:
+        return _plain(block, wrapped, args, kwargs)
+    arguments, hidden = job.arguments, job.hidden
+    extra = [arguments.leaves[i] for i in job.extra]
+    # something has to require grad where frozen embeddings enter a block that is trained
+    anchor = [torch.zeros((), requires_grad=True)] if wrapped.nested else []
+    try:
         outlets = job.with_outlets()
-        out = _Sparse.apply(job, hidden, *extra, *job.parameters, *anchor)
+        out, *sides = _Sparse.apply(job, hidden, *extra, *job.parameters, *anchor)
+        job.sides.replace(tuple(sides))
         return job.output(out, outlets)
     except ReplayError as error:
-        if error.args and str(error).startswith("block '"):
-            raise
-        raise ReplayError(f"block '{wrapped.name}' ({type(block).__name__}): {error}") from error
+        raise _named(block, wrapped, error) from error
+
+
+def _prepared(
+    block: nn.Module, wrapped: Wrapped, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Job | None:
+    """The call, checked where it is the first of its kind; None where nothing wants a gradient.
+
+    Raises:
+        ReplayError: The block cannot be replayed.
+    """
+    if getattr(block, "gradient_checkpointing", False):
+        raise ReplayError(
+            "gradient checkpointing was switched on after SAGE was installed: switch it off, "
+            "or on before, and SAGE takes its place"
+        )
+    if sharding.recomputed_reentrantly():
+        raise ReplayError(
+            "it is called again by checkpoint(..., use_reentrant=True), which makes its first "
+            "call without a graph: use use_reentrant=False, or leave the block dense"
+        )
+    if wrapped.session.wants_routers and "router_logits" not in collected():
+        raise ReplayError(
+            "output_router_logits=True asks for router logits in a way that is not followed, and a "
+            "loss on them would have no gradient: switch it off"
+        )
+    arguments = Arguments.of(block, args, kwargs)
+    parts = Parts(block)
+    hidden = arguments.leaves[arguments.hidden]
+    if not (parts.slots or arguments.differentiable() or hidden.requires_grad):
+        return None
+    if wrapped.nested is None:
+        wrapped.nested = sharding.inside(block)
+    if wrapped.nested:
+        # their tensors are others during the replay: it gives the gradients to them itself
+        parts.slots = []
+    job = Job(block, wrapped, arguments, parts, Surroundings(hidden.device))
+    selfcheck.first_call(job)
+    if wrapped.session.probe is not None:
+        wrapped.session.probe.note(wrapped.name, job.parameters, job.seed)
+    return job
+
+
+def _named(block: nn.Module, wrapped: Wrapped, error: ReplayError) -> ReplayError:
+    """The error with the name of the block, and a way out where it has none."""
+    text = str(error)
+    if text.startswith("block '"):
+        return error
+    if not any(way in text for way in ("dense", "use ", "set ", "freeze", "train ", "switch")):
+        text += "; leave it dense with SagePolicy(dense_blocks=...) or install(..., strict=False)"
+    return ReplayError(f"block '{wrapped.name}' ({type(block).__name__}): {text}")
+
+
+def _plain(
+    block: nn.Module, wrapped: Wrapped, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    with wrapped.noting_touches(block.parameters() if wrapped.touched else ()):
+        return wrapped.run(block, *args, **kwargs)
 
 
 def _keep_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
@@ -87,7 +131,8 @@ def _keep_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
     session, wrapped, policy = job.session, job.wrapped, job.session.policy
     facts = session.facts(hidden)
     recorder = session.recorder(job.seed, facts, job.crossing)
-    out = job.run(recorder, *job.arguments.call())
+    with job.sides.heard(job.B * job.T):
+        out = job.run(recorder, *job.arguments.call())
     choice = session.choose(wrapped.name, facts, recorder.seen, job.seed)
     kept, rows, scores, job.wanted, job.budget = choice
     if wrapped.nested and not len(rows):
@@ -118,6 +163,8 @@ def _skip_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
     if session.skip_rows is None or session.skip_rows[0].shape != hidden.shape[:2]:
         raise ReplayError("unselected='skip' found no choice made by an earlier block of this pass")
     chosen, rows = session.skip_rows
+    if collected():
+        raise ReplayError(f"{', '.join(collected())} are asked of it: use unselected='identity'")
     if not len(rows):
         raise ReplayError("unselected='skip' has no token to run: the batch is padding alone")
     own = ops.gather_rows(hidden, rows.index)
@@ -137,7 +184,7 @@ def _skip_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
 def _record(job: Job, facts: Facts, kept: Tensor, cache: SparseCache) -> None:
     job.valid_count = facts.count
     job.record = BlockRecord(job.wrapped.name, facts.valid, kept, cache.nbytes)
-    job.session.records[job.wrapped.index] = job.record
+    job.session.note(job.wrapped.index, job.record)
 
 
 class _Sparse(torch.autograd.Function):
@@ -148,7 +195,7 @@ class _Sparse(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, job: Job, hidden: Tensor, *others: Tensor) -> Tensor:
+    def forward(ctx: Any, job: Job, hidden: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         probe = job.session.probe
         skips = job.wrapped.skips and not (probe is not None and probe.dense)
         out, cache = (_skip_rows if skips else _keep_rows)(job, hidden)
@@ -157,122 +204,15 @@ class _Sparse(torch.autograd.Function):
         tensors, job.attentions = cache.taken_apart()
         ctx.save_for_backward(*tensors, *job.release())
         ctx.job, ctx.held = job, len(tensors)
-        return out
+        return out, *(x.clone() for x in job.sides.tensors)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor, *sides: Tensor) -> Any:
         job: Job = ctx.job
         saved = ctx.saved_tensors
         cache = SparseCache.put_together(saved[: ctx.held], job.attentions)
         leaves = job.restored(saved[ctx.held :])
         wants = ctx.needs_input_grad[1:]
-        grads = _replay(job, cache, leaves, grad, wants)
+        grads = replay(job, cache, leaves, (grad, *sides), wants)
         return None, *grads, *([None] if job.wrapped.nested else [])
-
-
-def _chosen_rows(
-    job: Job, cache: SparseCache, grad: Tensor
-) -> tuple[Rows, Tensor | None, Tensor | None]:
-    """Rows to replay, which of the kept rows they are (None: all), and their weights ``[R]``."""
-    index, probability, agreement = cache.index, cache.probability, job.session.agreement
-    picked, wanted = None, job.wanted
-    if job.session.policy.replayer is not None:
-        picked, p, wanted = _picked(job, job.session.policy.replayer, cache, grad)
-        if p is not None:
-            probability = p if probability is None else p * probability
-        if picked is not None:
-            index = index.index_select(0, picked)
-            probability = None if probability is None else probability.index_select(0, picked)
-    if agreement is not None:
-        agreement.note(wanted, job.valid_count)
-    weights = None if probability is None else 1 / probability
-    record = job.record
-    assert record is not None
-    record.rows, record.factors, record.seed = index, weights, job.seed.value
-    return Rows(index, job.B, job.T), picked, weights
-
-
-def _picked(
-    job: Job, replayer: Selection, cache: SparseCache, grad: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | int]:
-    """Which kept rows are replayed (None: all), their probabilities, how many without a budget."""
-    kept, valid, budget = len(cache.index), job.valid_count, job.budget
-    wanted: Tensor | int | None = replayer.replay_count(kept, valid)
-    count = wanted if budget is None else min(budget.rows, kept)
-    known = wanted is not None or job.session.agreement is None
-    if count == kept and known:
-        return None, None, least(kept if wanted is None else wanted, job.wanted)
-    norms = ops.row_norms(grad, cache.index).double()
-    noise = ops.uniform(int(job.seed), REPLAY_STREAM, cache.index) if replayer.random else norms
-    # rows whose gradient is not finite come first, so that a NaN surfaces as in a dense step
-    norms = norms.where(norms.isfinite(), float("inf"))
-    given = norms, cache.saliency, valid, noise
-    # with a budget what it would choose by itself is only asked for where that is to be counted
-    own = replayer.replay(*given) if budget is None or wanted is None else None
-    if wanted is None:
-        assert own is not None
-        wanted = own.rows.sum()
-    wanted = least(wanted, job.wanted)
-    if count == kept:
-        return None, None, wanted
-    if budget is not None:
-        own = fit_replayed(replayer, own, budget, given)
-    assert own is not None
-    assert count is None or isinstance(count, int)
-    return ops.picked(own.rows, count), own.probability, wanted
-
-
-def _replay(
-    job: Job,
-    cache: SparseCache,
-    leaves: dict[int, Tensor],
-    grad: Tensor,
-    wants: tuple[bool, ...],
-) -> list[Tensor | None]:
-    """Gradients of hidden states, other differentiable arguments and parameters."""
-    targets = job.trained()
-    rows, picked, weights = _chosen_rows(job, cache, grad)
-    if weights is not None:
-        weights = weights.to(ops.wide(grad.dtype))
-    with torch.enable_grad():
-        hidden = cache.hidden.some(picked, (job.C,), job.dtype).requires_grad_(wants[0])
-        for i in job.extra:
-            leaves[i] = leaves[i].detach().requires_grad_()
-        inputs = [hidden] if wants[0] else []
-        inputs += [leaves[i] for i in job.extra] + targets
-        found: list[Tensor | None] = [None] * len(inputs)
-        if len(rows):
-            weighted = ops.gather_rows(grad, rows.index, weights)
-            handler = Replayer(job.seed, rows, cache.attention, picked)
-            handler.positions = rows.token if job.learned.positional else None
-            with job.modes_restored():
-                out = job.run(handler, *job.packed_call(rows, hidden, leaves))
-            job.forget_output()
-            found = _gradients(job, out, inputs, weighted.unsqueeze(0).to(out.dtype))
-    through = found.pop(0) if wants[0] else None
-    # zeros and not None: sharding strategies wait for every rank's gradient
-    others = inputs[len(inputs) - len(found) :]
-    rest = [torch.zeros_like(x) if g is None else g for x, g in zip(others, found, strict=True)]
-    if not wants[0]:
-        return [None, *rest]
-    if through is None:
-        return [grad, *rest]
-    # what comes in through the residual path is not weighted
-    return [ops.scatter_rows(through, rows.index, grad, weights), *rest]
-
-
-def _gradients(job: Job, out: Tensor, inputs: list[Tensor], grad: Tensor) -> list[Tensor | None]:
-    """Gradients of `inputs`, the last of which are the parameters that the job returns.
-
-    Where parts of the block are sharded by themselves, their hooks have to see a backward pass of
-    their own: then there are none, and gradients go to the parameters from here.
-    """
-    if job.wrapped.nested:
-        job.wrapped.refuse_second_replay()
-        torch.autograd.backward(out, grad)
-        return [x.grad for x in inputs]
-    with hooks_off(job.parameters):
-        found = torch.autograd.grad(out, inputs, grad, allow_unused=True)
-    job.wrapped.note_reached(job.parts.slots, found[len(inputs) - len(job.parameters) :], job.block)
-    return list(found)

@@ -50,6 +50,7 @@ class Facts:
         every: All tokens.
         keys: By the tokens that a mask lets anyone see, these tokens as rows.
         judged: By causality, what saliency and selections start from.
+        latest: Causality and saliency of the latest block with attention.
     """
 
     heard: tuple[Any, ...]
@@ -58,6 +59,7 @@ class Facts:
     every: Rows
     keys: list[tuple[Tensor, Rows]] = field(default_factory=list)
     judged: dict[bool, Judged] = field(default_factory=dict)
+    latest: tuple[bool, Tensor | None] = False, None
 
     @property
     def padded(self) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_sage.axes import ReplayError
 
-_SOFTMAX = {torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax}
+_SOFTMAX = {torch.softmax, Tensor.softmax, torch.special.softmax}
 _PRODUCT = {
     torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__,
 }  # fmt: skip
@@ -74,7 +74,8 @@ class Follower:
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Result of a function that concerns weights, else NotImplemented."""
-        if func in _SOFTMAX:
+        # the name looked up, as in torch itself: others replace it
+        if func is F.softmax or func in _SOFTMAX:
             return self._softmax(func, args, kwargs)
         if not self._known or not args or not isinstance(args[0], Tensor):
             return NotImplemented
@@ -105,7 +106,12 @@ class Follower:
         return found
 
     def _dropout(
-        self, weights: Weights, x: Tensor, p: float = 0.5, training: bool = True, *_: Any
+        self,
+        weights: Weights,
+        x: Tensor,
+        p: float = 0.5,
+        training: bool = True,
+        inplace: bool = False,
     ) -> Tensor:
         # drawn where the product is: only there is it known whether these are attention's
         if not training or p == 0:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import warnings
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -14,74 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_sage import sharding, towers
+from lightning_sage import adapters, sharding
 from lightning_sage.axes import ReplayError
 from lightning_sage.balance import Agreement
 from lightning_sage.block import sparse_forward
 from lightning_sage.buffers import buffers_kept
+from lightning_sage.discovery import find_blocks, tell_of_left_dense
 from lightning_sage.policy import SagePolicy
 from lightning_sage.records import BlockRecord
 from lightning_sage.session import Session
 from lightning_sage.wrapped import ATTRIBUTE, Wrapped
-
-
-def find_blocks(model: nn.Module, policy: SagePolicy) -> dict[str, nn.Module]:
-    """Blocks of `model`, by name, in order; a module that stands in several places once.
-
-    Args:
-        model: Any module.
-        policy: Its `blocks` names them; None finds transformers' `GradientCheckpointingLayer`,
-            but for those whose samples come packed into one row.
-
-    Raises:
-        ValueError: There are none; the message lists what was seen.
-    """
-    # copies that torch.compile proxies are seen through themselves
-    modules = [
-        (name, module)
-        for name, module in model.named_modules()
-        if not isinstance(module, torch._dynamo.OptimizedModule)
-    ]
-    if policy.blocks is None:
-        found, _ = towers.layers(modules)
-    elif callable(policy.blocks):
-        accept = policy.blocks
-        found = {n: m for n, m in modules if n and accept(m, n)}
-    else:
-        patterns = policy.blocks
-        found = {n: m for n, m in modules if any(_matches(n, p) for p in patterns)}
-    if not found:
-        raise ValueError(_nothing_found(model, policy))
-    inner = [n for n in found for outer in found if n.startswith(f"{outer}.")]
-    if inner:
-        raise ValueError(
-            f"blocks {inner[:3]} lie inside other blocks: name one level with blocks=..."
-        )
-    return found
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """Whether a glob names a module; `*` stands for one part of a name, not for several."""
-    parts, globs = name.split("."), pattern.split(".")
-    return len(parts) == len(globs) and all(map(fnmatch.fnmatchcase, parts, globs))
-
-
-def _nothing_found(model: nn.Module, policy: SagePolicy) -> str:
-    lists = {
-        name: f"{len(module)} x {type(module[0]).__name__}"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module)
-    }
-    example = max(lists, default="layers")
-    seen = Counter(type(m).__name__ for m in model.modules()).most_common(12)
-    blocks = policy.blocks
-    wanted = "a transformers layer [B, T, C]" if blocks is None else f"{blocks=}"
-    return (
-        f"no block found: nothing in {type(model).__name__} is {wanted}. Name the blocks, as in "
-        f"SagePolicy(blocks=['{example}.*']). Lists of modules: "
-        f"{'; '.join(f'{name}: {text}' for name, text in lists.items()) or 'none'}. "
-        f"Modules: {', '.join(f'{name} x {count}' for name, count in seen)}"
-    )
 
 
 class Installation:
@@ -118,6 +58,12 @@ class Installation:
         return [record for _, record in sorted(self.session.records.items())]
 
     @property
+    def refused(self) -> dict[str, str]:
+        """Blocks that could not be replayed and are left dense, with the reason."""
+        marks = ((name, block.__dict__[ATTRIBUTE].refused) for name, block in self.blocks.items())
+        return {name: reason for name, reason in marks if reason is not None}
+
+    @property
     def dense_saved_bytes(self) -> int | None:
         """Bytes that a dense step would have saved in the blocks; None before it was measured."""
         return sum(self.session.dense_bytes.values()) or None
@@ -133,12 +79,19 @@ class Installation:
 
     @property
     def unreached(self) -> list[str]:
-        """Trainable parameters of replayed blocks to which no replay has given a gradient yet."""
-        return [
-            f"{name}.{parameter}"
-            for name, block in self.blocks.items()
-            for parameter in sorted(block.__dict__[ATTRIBUTE].unreached or ())
-        ]
+        """Trainable parameters of replayed blocks to which no replay has given a gradient yet.
+
+        One that blocks share is reached where any of them reaches it.
+        """
+        missing, reached = dict[str, int](), set[int]()
+        for name, block in self.blocks.items():
+            names = block.__dict__[ATTRIBUTE].unreached
+            for parameter, value in block.named_parameters() if names is not None else ():
+                if parameter in names:
+                    missing[f"{name}.{parameter}"] = id(value)
+                elif value.requires_grad:
+                    reached.add(id(value))
+        return [name for name, value in missing.items() if value not in reached]
 
     def check_gradients(self, where_torch_puts_them: bool = True) -> bool:
         """Whether the latest backward pass reached a block; if so, its parameters have gradients.
@@ -209,6 +162,7 @@ def install(
     *,
     measure_dense: bool = False,
     allow_untested: bool = False,
+    strict: bool = True,
 ) -> Installation:
     """Give the blocks of a model a sparse backward pass.
 
@@ -221,6 +175,8 @@ def install(
         measure_dense: On the first training forward, also count the bytes that a dense step would
             have saved, block by block.
         allow_untested: Only warn of what was done to the model and does not go with SAGE.
+        strict: Whether a block that cannot be replayed ends training, at its first step and by its
+            name. Else it is left dense, exact and without savings, with a warning that names it.
 
     Raises:
         ValueError: No block is found, one is wrapped already, the policy does not fit the model, or
@@ -234,14 +190,14 @@ def install(
         )
     dense = policy.left_dense(len(blocks))
     wrapped = {n: m for i, (n, m) in enumerate(blocks.items()) if i not in dense}
-    for reason in sharding.conflicts(model, wrapped):
+    for reason in (*sharding.conflicts(model, wrapped), *adapters.conflicts(model)):
         if not allow_untested:
             raise ValueError(f"{reason}; allow_untested=True tries it nevertheless")
         warnings.warn(f"SAGE goes on because of allow_untested=True: {reason}", stacklevel=2)
     if policy.blocks is None:
-        towers.tell_of_packed(model)
+        tell_of_left_dense(model)
     session = Session(replace(policy, blocks=None))
-    session.measure_dense = measure_dense
+    session.measure_dense, session.strict = measure_dense, strict
     last_chooser = math.ceil(len(wrapped) / 10) - 1
     skip = policy.unselected == "skip"
     for i, (name, block) in enumerate(wrapped.items()):

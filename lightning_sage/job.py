@@ -15,9 +15,11 @@ from lightning_sage.axes import ReplayError
 from lightning_sage.balance import Budget
 from lightning_sage.drops import Seed
 from lightning_sage.intercept import Handler, Tap, random_state_kept
+from lightning_sage.modes import Modes
 from lightning_sage.ops import Rows
 from lightning_sage.records import BlockRecord
 from lightning_sage.replay import Crossing
+from lightning_sage.sides import Sides, unheard
 from lightning_sage.wrapped import Learned, Parts, Wrapped
 
 
@@ -73,10 +75,10 @@ class Job:
         self.B, self.T, self.C = hidden.shape
         self.dtype = hidden.dtype
         self.extra, self.shared = arguments.differentiable(), arguments.shared()
-        self.modes = [module.training for module in parts.modules]
+        self.modes = Modes(parts.modules)
         self.parameters = parts.trainable()
-        self.versions = [parameter._version for parameter in parts.parameters]
-        self.kind = tuple(self.modes), arguments.signature
+        self.versions = wrapped.versions(parts.parameters)
+        self.kind = self.modes.values, arguments.signature
         self.learned = Learned()
         self.attentions: list[tuple[bool, int, int]] = []
         self.valid_count = 0
@@ -86,6 +88,7 @@ class Job:
         self.record: BlockRecord | None = None
         # outputs besides hidden states that carry a gradient, as far as the latest run tells
         self.outlets: dict[int, Tensor] = {}
+        self.sides = Sides()
         self._pairs: dict[int, Tensor] = {}
         self._outputs: tuple[list[Any], pytree.TreeSpec | None, int] | None = None
 
@@ -106,6 +109,11 @@ class Job:
         if learned.pairs:
             self.arguments.need_pairs()
 
+    def own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the block's own forward returns."""
+        with self.wrapped.noting_touches(self.parts.parameters):
+            return self.wrapped.run(self.block, *args, **kwargs)
+
     def run(
         self,
         handler: Handler,
@@ -119,7 +127,7 @@ class Job:
             ReplayError: The block does not return hidden states, or other tensors than of pairs.
         """
         with self.surroundings.restored(), tap(handler):
-            output = self.wrapped.run(self.block, *args, **kwargs)
+            output = self.own(args, kwargs)
         # most return hidden states alone
         alone = isinstance(output, Tensor)
         leaves, spec = ([output], None) if alone else pytree.tree_flatten(output)
@@ -167,21 +175,25 @@ class Job:
         if not self.learned.outlets:
             return {}
         hidden = {self.arguments.hidden: self.hidden.detach()}
-        with (
-            torch.enable_grad(),
-            self.surroundings.restored(),
-            random_state_kept(self.hidden.device),
-        ):
+        kept = random_state_kept(self.hidden.device)
+        with torch.enable_grad(), self.surroundings.restored(), kept, unheard():
             args, kwargs = self.arguments.call(hidden)
-            leaves = pytree.tree_leaves(self.wrapped.run(self.block, *args, **kwargs))
+            leaves = pytree.tree_leaves(self.own(args, kwargs))
         return {i: leaves[i] for i in self.learned.outlets}
 
     def trained(self) -> list[Tensor]:
         """The parameters whose gradients are returned, as they are now.
 
         Raises:
-            RuntimeError: A parameter is not what the forward used.
+            RuntimeError: A parameter is not what the forward used, or a hook inside the block.
         """
+        if self.modes.hooks_changed:
+            raise ReplayError(
+                f"forward pre-hooks inside block '{self.wrapped.name}' came or went between its "
+                "forward and its backward pass, which then would not be of the same function. PEFT "
+                "puts such hooks on for one forward with adapter_names or task_ids: use "
+                "set_adapter, or leave the hooks where they are until the backward pass is over"
+            )
         now = self.parts.trainable()
         for x, y in zip(now, self.parameters, strict=True):
             # views that a sharding strategy lays anew are no parameters
@@ -190,28 +202,12 @@ class Job:
                     f"a parameter of block '{self.wrapped.name}' was replaced after the forward "
                     "pass whose backward pass needs it"
                 )
-        if [parameter._version for parameter in self.parts.parameters] != self.versions:
+        if self.wrapped.versions(self.parts.parameters) != self.versions:
             raise RuntimeError(
                 f"a parameter of block '{self.wrapped.name}' was modified in place after the "
                 "forward pass whose backward pass needs it"
             )
         return now
-
-    @contextmanager
-    def modes_restored(self) -> Iterator[None]:
-        """Train and eval modes of the forward, and whatever there is now afterwards."""
-        changed = [
-            (module, mode, module.training)
-            for module, mode in zip(self.parts.modules, self.modes, strict=True)
-            if module.training != mode
-        ]
-        try:
-            for module, mode, _ in changed:
-                module.training = mode
-            yield
-        finally:
-            for module, _, now in changed:
-                module.training = now
 
     def output(self, hidden: Tensor, outlets: dict[int, Tensor]) -> Any:
         """What the block returned, with `hidden` and outlets in their places."""

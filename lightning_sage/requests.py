@@ -11,16 +11,17 @@ def refuse_requests(config: Any, kwargs: dict[str, Any]) -> None:
     Raises:
         ValueError: Names the setting and the way out.
     """
-    for name, what in (
-        ("output_attentions", "every attention weight, which such a forward never holds"),
-        ("output_router_logits", "router logits with a gradient, which a replay does not give"),
-    ):
-        said = kwargs.get(name)
-        if said or (said is None and getattr(config, name, False) is True):
-            raise ValueError(
-                f"{name}=True asks a training forward for {what}: switch it off with SAGE, or ask "
-                "under torch.no_grad()"
-            )
+    if asks(config, kwargs, "output_attentions"):
+        raise ValueError(
+            "output_attentions=True asks a training forward for every attention weight, which such "
+            "a forward never holds: switch it off with SAGE, or ask under torch.no_grad()"
+        )
+
+
+def asks(config: Any, kwargs: dict[str, Any], name: str) -> bool:
+    """Whether a switch is on, by keyword or else by the model's configuration."""
+    said = kwargs.get(name)
+    return bool(said) or (said is None and getattr(config, name, False) is True)
 
 
 def refuse_cache(kwargs: dict[str, Any]) -> None:

@@ -15,6 +15,11 @@ from lightning_sage.intercept import AttentionCall
 from lightning_sage.ops import How, Rows, Sight, Visibility, packed
 from lightning_sage.packing import Stored, store
 
+BY_HAND = (
+    "it writes its attention out by hand (softmax of a product), where the keys of other tokens "
+    "cannot be told: use SagePolicy(attention='salient')"
+)
+
 
 def rows_at(x: Tensor, rows: Rows) -> Tensor:
     """Packed rows ``[N, H, D]`` of ``[B, H, T, D]``; all of them without a copy where possible."""
@@ -177,10 +182,7 @@ class Written:
             ReplayError: Keys and values of all tokens are asked for.
         """
         if full:
-            raise ReplayError(
-                "it writes its attention out by hand (softmax of a product), where the keys of "
-                "other tokens cannot be told: use SagePolicy(attention='salient')"
-            )
+            raise ReplayError(BY_HAND)
         lse = ops.gather_rows(self.lse.transpose(1, 2), rows.index)
         kept = Kept(_stored(self.out, rows, cache_dtype), lse, self.visible)
         others = self.keys.T if self.crosses else 0

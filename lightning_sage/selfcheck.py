@@ -26,7 +26,8 @@ from lightning_sage.intercept import Tap, random_state_kept
 from lightning_sage.memory import saved_bytes
 from lightning_sage.ops import Rows
 from lightning_sage.replay import Crossing, Replayer
-from lightning_sage.seen import Seen, Written
+from lightning_sage.seen import BY_HAND, Seen, Written
+from lightning_sage.sides import unheard
 from lightning_sage.wrapped import Learned
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def first_call(job: Job) -> None:
     seen = bool(wrapped.checked) if wrapped.nested else job.kind in wrapped.checked
     checks = session.force_check or not seen
     # not in a look at the gradient, which may be of a part of the batch
-    counts = session.measure_dense and wrapped.index not in session.dense_bytes
+    call = wrapped.index, session.calls[wrapped.index]
+    counts = session.measure_dense and call not in session.dense_bytes
     counts = counts and session.probe is None
     if not checks:
         latest = next(reversed(wrapped.checked.values()))
@@ -56,11 +58,13 @@ def first_call(job: Job) -> None:
         return
     hidden = job.hidden
     job.parts.refuse_repacking(hidden.device)
+    job.parts.refuse_capacity()
     # hooks of a checkpoint around the block count what is saved, and this is saved once only
     unseen = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
-    with torch.no_grad(), random_state_kept(hidden.device), buffers_kept(job.block), unseen:
+    kept = random_state_kept(hidden.device), buffers_kept(job.block)
+    with torch.no_grad(), kept[0], kept[1], unseen, unheard():
         if counts:
-            session.dense_bytes[wrapped.index] = dense_bytes(job)
+            session.dense_bytes[call] = dense_bytes(job)
         if checks and (_compare(job, hidden) or wrapped.nested):
             wrapped.checked[job.kind] = job.learned
 
@@ -103,6 +107,8 @@ def _compare(job: Job, hidden: Tensor) -> bool:
         return False
     if any(isinstance(seen, Written) for seen in recorder.seen):
         job.learn(replace(job.learned, pairs=True))
+        if job.session.policy.attention == "full":
+            raise ReplayError(BY_HAND)
     routed = bool(called & {"topk", "argmax", "sort", "argsort"})
     first: ReplayError | None = None
     while True:
@@ -281,7 +287,7 @@ def dense_bytes(job: Job) -> int:
     hidden = job.hidden.detach().requires_grad_()
     with torch.enable_grad(), job.surroundings.restored(), saved_bytes(exclude=there) as held:
         args, kwargs = job.arguments.call({job.arguments.hidden: hidden})
-        output = job.wrapped.run(block, *args, **kwargs)
+        output = job.own(args, kwargs)
         bytes_held = held()
     del output
     return bytes_held

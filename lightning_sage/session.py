@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sage import ops, towers
-from lightning_sage.axes import ReplayError
 from lightning_sage.balance import Agreement, Budget, fit_kept
 from lightning_sage.drops import Seed
 from lightning_sage.facts import Facts, Judged
+from lightning_sage.loss_rows import Heard, loss_rows
 from lightning_sage.masks import Looked, cross_visibility, visibility
 from lightning_sage.ops import Rows, Visibility
 from lightning_sage.policy import SagePolicy
 from lightning_sage.records import BlockRecord
 from lightning_sage.replay import ALONE, Crossing, Recorder
-from lightning_sage.requests import refuse_cache, refuse_requests
+from lightning_sage.requests import asks, refuse_cache, refuse_requests
 from lightning_sage.saliency import saliency
 from lightning_sage.seen import Seen, Written
 from lightning_sage.selections import Chosen
@@ -77,14 +78,17 @@ class Session:
 
     def __init__(self, policy: SagePolicy) -> None:
         self.policy = policy
-        self.records: dict[int, BlockRecord] = {}
+        # by place of the block, and number of its call in the forward pass
+        self.records: dict[tuple[int, int], BlockRecord] = {}
+        self.calls: Counter[int] = Counter()
         # between ranks; None where each goes its own way
         self.agreement: Agreement | None = None
         self.batch: Mapping[str, Any] = {}
         self.probe: Probe | None = None
         self.force_check = False
+        self.strict = True
         self.measure_dense = False
-        self.dense_bytes: dict[int, int] = {}
+        self.dense_bytes: dict[tuple[int, int], int] = {}
         self.skip_rows: tuple[Tensor, Rows] | None
         self._reset()
 
@@ -121,10 +125,13 @@ class Session:
         # torch calls no hook after a KeyboardInterrupt: a module is never inside itself
         if not self._inside or module in self._inside:
             self._reset()
+            self.calls = Counter()
         said = towers.handed_on(self._told(), args, kwargs)
         self._inside[module] = said
         if torch.is_grad_enabled():
-            refuse_requests(getattr(module, "config", None), kwargs)
+            config = getattr(module, "config", None)
+            refuse_requests(config, kwargs)
+            said["routers"] = said.get("routers") or asks(config, kwargs, "output_router_logits")
             # further in, a model hands on a cache of its own making
             if len(self._inside) == 1:
                 refuse_cache(kwargs)
@@ -150,12 +157,26 @@ class Session:
             if mask is None:
                 said["attention_mask"] = self.batch.get("decoder_attention_mask")
 
+    def note(self, place: int, record: BlockRecord) -> None:
+        """Remember what a block did; those of an earlier forward pass go with its first."""
+        # outside of any forward seen from above calls are not counted
+        call = self.calls[place] if self._inside else 0
+        if call == 0 and not any(self.calls.values()):
+            self.records = {}
+        self.records[place, call] = record
+        self.calls[place] = call + 1
+
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of every module above a block, also called when the forward raised."""
         while module in self._inside:
             self._inside.popitem()
         if not self._inside:
             self._reset()
+
+    @property
+    def wants_routers(self) -> bool:
+        """Whether a caller asked for router logits, for a loss on them."""
+        return bool(self._told().get("routers"))
 
     def _told(self) -> dict[str, Any]:
         """What the innermost module that is being called was told."""
@@ -209,78 +230,42 @@ class Session:
         return found
 
     def loss_rows(self, valid: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-        """Query rows whose attention counts, and rows that bear loss.
+        """Query rows whose attention counts, and rows that bear loss, as far as is known.
 
         Args:
             valid: ``[B, T]`` bool.
-            causal: Whether tokens see no later ones: then labels are those of the next token (not
-                in a decoder that is given an encoder's states, whose inputs are shifted), and a
-                sequence is judged by its last token.
-
-        Returns:
-            Both ``[B, T]`` bool. They differ for a sequence label on an encoder alone, whose head
-            may read the first token or all: all count as queries, the first is a loss row.
-
-        Raises:
-            ValueError: `queries="labels"` and no token labels are known.
+            causal: Whether tokens see no later ones.
         """
-        queries, labels = self.policy.queries, self._heard("labels")
-        per_token = isinstance(labels, Tensor) and labels.shape == valid.shape
-        per_token = per_token and not labels.is_floating_point()
-        order = valid.long().cumsum(-1)
-        last = valid & (order == order[:, -1:])
-        side = self._told().get("side")
-        # what a tower hands on is read patch by patch
-        if self._heard("tower") or (side == "encoder" and queries != "last"):
-            return valid, valid
-        if queries == "labels" and not per_token:
-            raise ValueError(
-                "queries='labels' needs integer labels [B, T] as a keyword of the model's forward "
-                "or in the batch, and none were seen; use queries='auto', 'last' or 'all'"
-            )
-        if queries == "last":
-            return last, last
-        if queries == "all" or not isinstance(labels, Tensor):
-            return valid, valid
-        if not per_token:
-            if labels.dim() > (2 if labels.is_floating_point() else 1):  # of pixels, say
-                return valid, valid
-            return (last, last) if causal else (valid, valid & (order == 1))
-        labelled = labels.to(valid.device) != -100
         owner = self._heard("owner") or " ".join(type(module).__name__ for module in self._inside)
-        # a prefix that is seen both ways leaves a language model's labels shifted
-        causal = causal or any(kind in owner for kind in ("CausalLM", "ConditionalGeneration"))
-        if causal and "TokenClassification" not in owner and side != "decoder":
-            labelled = torch.cat([labelled[:, 1:], torch.zeros_like(labelled[:, :1])], dim=1)
-        return labelled & valid, labelled & valid
+        side = "tower" if self._heard("tower") else self._told().get("side")
+        heard = Heard(self._heard("labels"), owner, side)
+        return loss_rows(self.policy.queries, heard, valid, causal)
 
     def budget(self, facts: Facts) -> Budget | None:
         """Rows that ranks have agreed to replay of a call, if they have."""
         return None if self.agreement is None else self.agreement.budget(facts.count)
 
     def choose(self, name: str, facts: Facts, seen: list[Seen | Written], seed: Seed) -> Choice:
-        """Rows to keep.
-
-        Raises:
-            ReplayError: The policy needs saliency and the block made no attention call.
-        """
+        """Rows to keep."""
         keeper, replayer = self.policy.keeper, self.policy.replayer
         own = [one for one in seen if not one.crosses]
-        valid, causal = facts.valid, any(one.causal for one in own)
+        # tokens are not mixed by a block without attention: those of the one before count there too
+        causal, scores = facts.latest if not own else (any(one.causal for one in own), None)
+        valid = facts.valid
         if causal not in facts.judged:
             queries, loss_rows = self.loss_rows(valid, causal)
             priority = self.policy.priority(valid, loss_rows)
             facts.judged[causal] = Judged(Rows.of(queries), priority)
         judged = facts.judged[causal]
-        scores = None
         if keeper.needs_scores or (replayer is not None and replayer.saliency_in_replay):
             if own:
                 scores = saliency(self.policy.saliency, own, judged, facts)
-            elif keeper.needs_scores:
-                raise ReplayError(
-                    f"block '{name}' made no attention call that can be seen, and {keeper!r} needs "
-                    "its saliency: use AllTokens() or RandomTokens(...)"
-                )
+            elif scores is None and keeper.needs_scores:
+                # in front of all attention nothing tells tokens apart
+                every = ops.rows_of(valid, facts.count)
+                return Choice(Chosen(valid), every, None, facts.count, self.budget(facts))
+        if own:
+            facts.latest = causal, scores
         noise = judged.noise
         if keeper.random:
             noise = ops.uniform(int(seed), KEEP_STREAM, facts.every.index.view_as(valid))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,7 +51,9 @@ class Wrapped:
         checked: By the kinds of calls that passed the self-check, what it found out.
         nested: Whether parts of the block are sharded by themselves, known from its first call on.
         unreached: Parameters that no replay has given a gradient; None before the first replay.
+        refused: Why the block is left dense, where that was found out in its first call.
         replayed_in: Of a block with parts sharded by themselves, its latest backward pass.
+        touched: By the id of a parameter, how often the block's own forward marked it as modified.
     """
 
     name: str
@@ -65,12 +67,31 @@ class Wrapped:
     nested: bool | None = None
     unreached: set[str] | None = None
     replayed_in: int = -1
+    refused: str | None = None
+    touched: dict[int, int] = field(default_factory=dict)
 
     def run(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The block's own forward."""
         if self.previous is not None:
             return self.previous(*args, **kwargs)
         return type(block).forward(block, *args, **kwargs)
+
+    @contextmanager
+    def noting_touches(self, parameters: Iterable[Tensor]) -> Iterator[None]:
+        """Tell what the block's own forward does to versions of parameters from what others do.
+
+        PEFT parametrizes the experts that it adapts for the length of a call, which sets them to
+        themselves.
+        """
+        before = [(x, x._version) for x in parameters]
+        yield
+        for x, version in before:
+            if x._version != version:
+                self.touched[id(x)] = self.touched.get(id(x), 0) + x._version - version
+
+    def versions(self, parameters: list[Tensor]) -> list[int]:
+        """Versions of parameters, as far as others than the block changed them."""
+        return [x._version - self.touched.get(id(x), 0) for x in parameters]
 
     def refuse_second_replay(self) -> None:
         """Refuse a block with parts sharded by themselves twice in one backward pass.
@@ -149,6 +170,21 @@ class Parts:
                     "repack its weights on this CPU to a form without backward: call train() on "
                     "the model, and before a validation give the layers "
                     "support_avx512bf16_for_cpu=False"
+                )
+
+    def refuse_capacity(self) -> None:
+        """Refuse experts that take so many tokens only: a replay of some drops others.
+
+        Raises:
+            ReplayError: There are some.
+        """
+        for module in self.modules:
+            capacity = getattr(module, "expert_capacity", None)
+            if isinstance(capacity, int):
+                raise ReplayError(
+                    f"its {type(module).__name__} drops tokens beyond expert_capacity={capacity}, "
+                    "which a replay of some tokens cannot repeat: leave it dense with dense_blocks "
+                    "or install(..., strict=False)"
                 )
 
     def trainable(self) -> list[Tensor]:

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import zoo
 from accuracy import assert_gradients_close, cosine, parameter_gradients
 from lightning_sage import AllTokens, ImportanceSampling, SagePolicy, TopMass, install
-from lightning_sage.install import find_blocks
+from lightning_sage.discovery import find_blocks
 from lightning_sage.memory import saved_bytes
 from processes import ranks, whole
 

@@ -40,6 +40,8 @@ MAY_IMPORT = {
     "policy": {"torch", "selections", "sampling"},
     "presets": {"policy", "selections"},
     "memory_size": set(),
+    "adapters": {"torch"},
+    "modes": {"torch"},
     "arguments": {"torch", "ops"},
     "buffers": {"torch"},
     "resume": {"torch"},
@@ -62,8 +64,8 @@ MAY_IMPORT = {
     },
     "wrapped": {"torch", "arguments", "session"},
     "job": {
-        "torch", "arguments", "balance", "intercept", "ops", "records", "replay", "session",
-        "wrapped",
+        "torch", "arguments", "balance", "intercept", "modes", "ops", "records", "replay",
+        "session", "wrapped",
     },
     "selfcheck": {"torch", "arguments", "buffers", "intercept", "job", "memory", "ops", "replay"},
     "block": {
@@ -71,8 +73,8 @@ MAY_IMPORT = {
         "replay", "selections", "selfcheck", "session", "sharding", "wrapped",
     },
     "install": {
-        "torch", "arguments", "balance", "block", "buffers", "policy", "records", "session",
-        "sharding", "towers", "wrapped",
+        "torch", "adapters", "arguments", "balance", "block", "buffers", "policy", "records",
+        "session", "sharding", "wrapped",
     },
     "block_metric": {"torch", "torchmetrics"},
     "fidelity": {"torch", "block_metric"},

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lightning_sage.install import find_blocks
+from lightning_sage.discovery import find_blocks
 from lightning_sage.policy import SagePolicy
 
 # names under which blocks are given a KV cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -73,10 +74,13 @@ class Reporter:
         if self._history is not None:
             self._history.write(kind, **values)
 
-    def dense(self, measured: Mapping[int, int]) -> None:
-        """What a dense step saves in each block, by its place."""
-        if len(measured) == len(self._installation.blocks):
-            self._write("dense", bytes=[measured[i] for i in sorted(measured)])
+    def dense(self, measured: Mapping[tuple[int, int], int]) -> None:
+        """What a dense step saves in each block, by its place and the number of its call."""
+        by_block = Counter[int]()
+        for (place, _), size in measured.items():
+            by_block[place] += size
+        if len(by_block) == len(self._installation.blocks):
+            self._write("dense", bytes=[by_block[i] for i in sorted(by_block)])
 
     def readings(self, meters: Meters, on_step: bool = True) -> None:
         """Read the meters, and log what the steps since the last time did.

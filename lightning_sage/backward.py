@@ -1,0 +1,204 @@
+"""Backward pass of a block: choose among the kept rows, replay them, hand gradients on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_sage import ops
+from lightning_sage.balance import fit_replayed, least
+from lightning_sage.cache import SparseCache
+from lightning_sage.job import Job
+from lightning_sage.ops import Rows
+from lightning_sage.replay import Replayer
+from lightning_sage.selections import Selection
+from lightning_sage.session import REPLAY_STREAM
+from lightning_sage.wrapped import hooks_off
+
+
+class _Part(NamedTuple):
+    """Rows that are replayed at once.
+
+    Attributes:
+        rows: The rows.
+        picked: Which of the kept rows they are; None for all.
+        weights: Of their gradient, ``[R]``, or None.
+    """
+
+    rows: Rows
+    picked: Tensor | None
+    weights: Tensor | None
+
+
+def _chosen_rows(job: Job, cache: SparseCache, grad: Tensor) -> _Part:
+    """Rows to replay."""
+    index, probability, agreement = cache.index, cache.probability, job.session.agreement
+    picked, wanted = None, job.wanted
+    if job.session.policy.replayer is not None:
+        picked, p, wanted = _picked(job, job.session.policy.replayer, cache, grad)
+        if p is not None:
+            probability = p if probability is None else p * probability
+        if picked is not None:
+            index = index.index_select(0, picked)
+            probability = None if probability is None else probability.index_select(0, picked)
+    if agreement is not None:
+        agreement.note(wanted, job.valid_count)
+    weights = None if probability is None else 1 / probability
+    record = job.record
+    assert record is not None
+    record.rows, record.factors, record.seed = index, weights, job.seed.value
+    if weights is not None:
+        weights = weights.to(ops.wide(grad.dtype))
+    return _Part(Rows(index, job.B, job.T), picked, weights)
+
+
+def _picked(
+    job: Job, replayer: Selection, cache: SparseCache, grad: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | int]:
+    """Which kept rows are replayed (None: all), their probabilities, how many without a budget."""
+    kept, valid, budget = len(cache.index), job.valid_count, job.budget
+    wanted: Tensor | int | None = replayer.replay_count(kept, valid)
+    count = wanted if budget is None else min(budget.rows, kept)
+    known = wanted is not None or job.session.agreement is None
+    if count == kept and known:
+        return None, None, least(kept if wanted is None else wanted, job.wanted)
+    norms = ops.row_norms(grad, cache.index).double()
+    noise = ops.uniform(int(job.seed), REPLAY_STREAM, cache.index) if replayer.random else norms
+    # rows whose gradient is not finite come first, so that a NaN surfaces as in a dense step
+    norms = norms.where(norms.isfinite(), float("inf"))
+    given = norms, cache.saliency, valid, noise
+    # with a budget what it would choose by itself is only asked for where that is to be counted
+    own = replayer.replay(*given) if budget is None or wanted is None else None
+    if wanted is None:
+        assert own is not None
+        wanted = own.rows.sum()
+    wanted = least(wanted, job.wanted)
+    if count == kept:
+        return None, None, wanted
+    if budget is not None:
+        own = fit_replayed(replayer, own, budget, given)
+    assert own is not None
+    assert count is None or isinstance(count, int)
+    return ops.picked(own.rows, count), own.probability, wanted
+
+
+def _parts(job: Job, whole: _Part) -> Iterator[_Part]:
+    """Rows in parts of whole samples, where all their pairs are held at once.
+
+    A part has no more rows than a sample has tokens, or is one sample: its pairs are no more than
+    those that a dense pass holds of one sample.
+    """
+    rows, picked, weights = whole
+    if not job.learned.pairs or job.wrapped.nested or len(rows) <= job.T:
+        yield whole
+        return
+    start = stop = 0
+    for count in (*rows.counts, job.T + 1):
+        if stop > start and stop - start + count > job.T:
+            part = slice(start, stop)
+            some = torch.arange(start, stop, device=rows.index.device)
+            yield _Part(
+                Rows(rows.index[part], rows.B, rows.T),
+                some if picked is None else picked[part],
+                None if weights is None else weights[part],
+            )
+            start = stop
+        stop += count
+
+
+def replay(
+    job: Job,
+    cache: SparseCache,
+    leaves: dict[int, Tensor],
+    grads: Sequence[Tensor],
+    wants: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """Gradients of hidden states, other differentiable arguments and parameters.
+
+    Args:
+        job: The call.
+        cache: What it left.
+        leaves: Its arguments besides the hidden states, by index.
+        grads: Of the hidden states that it returned, and of what else was collected inside of it.
+        wants: Which inputs want a gradient, hidden states first.
+    """
+    grad, targets = grads[0], job.trained()
+    whole = _chosen_rows(job, cache, grad)
+    for i in job.extra:
+        leaves[i] = leaves[i].detach().requires_grad_()
+    others = [leaves[i] for i in job.extra] + targets
+    through: list[Tensor] = []
+    rest: list[Tensor | None] = [None] * len(others)
+    for part in _parts(job, whole) if len(whole.rows) else ():
+        hidden = cache.hidden.some(part.picked, (job.C,), job.dtype).requires_grad_(wants[0])
+        inputs = [hidden, *others] if wants[0] else others
+        found = _replayed(job, cache, leaves, part, grads, hidden, inputs)
+        if wants[0]:
+            own = found.pop(0)
+            through.append(torch.zeros_like(hidden) if own is None else own)
+        rest = [_sum(x, y) for x, y in zip(rest, found, strict=True)]
+    # zeros and not None: sharding strategies wait for every rank's gradient
+    rest = [torch.zeros_like(x) if g is None else g for x, g in zip(others, rest, strict=True)]
+    if not wants[0]:
+        return [None, *rest]
+    if not through:
+        return [grad, *rest]
+    # what comes in through the residual path is not weighted
+    rows = torch.cat(through) if len(through) > 1 else through[0]
+    return [ops.scatter_rows(rows, whole.rows.index, grad, whole.weights), *rest]
+
+
+def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    if x is None or y is None:
+        return y if x is None else x
+    return x + y
+
+
+def _replayed(
+    job: Job,
+    cache: SparseCache,
+    leaves: dict[int, Tensor],
+    part: _Part,
+    grads: Sequence[Tensor],
+    hidden: Tensor,
+    inputs: list[Tensor],
+) -> list[Tensor | None]:
+    """Gradients of `inputs` through some rows, whose hidden states are `hidden`, ``[R, C]``."""
+    rows, picked, weights = part
+    handler = Replayer(job.seed, rows, cache.attention, picked)
+    handler.positions = rows.token if job.learned.positional else None
+    with torch.enable_grad(), job.modes.restored(job.parameters):
+        with job.sides.again() as sides:
+            out = job.run(handler, *job.packed_call(rows, hidden, leaves))
+        job.forget_output()
+        outputs, weighted = [out], [ops.gather_rows(grads[0], rows.index, weights)[None]]
+        for x, grad in zip(sides, grads[1:], strict=True):
+            if not x.requires_grad:
+                continue
+            by_token = grad.reshape(job.B, job.T, *grad.shape[-1:])
+            outputs.append(x.flatten(0, -2))
+            weighted.append(ops.gather_rows(by_token, rows.index, weights))
+        return _gradients(
+            job, outputs, inputs, [g.to(x.dtype) for g, x in zip(weighted, outputs, strict=True)]
+        )
+
+
+def _gradients(
+    job: Job, outputs: list[Tensor], inputs: list[Tensor], grads: list[Tensor]
+) -> list[Tensor | None]:
+    """Gradients of `inputs`, the last of which are the parameters that the job returns.
+
+    Where parts of the block are sharded by themselves, their hooks have to see a backward pass of
+    their own: then there are none, and gradients go to the parameters from here.
+    """
+    if job.wrapped.nested:
+        job.wrapped.refuse_second_replay()
+        torch.autograd.backward(outputs, grads)
+        return [x.grad for x in inputs]
+    with hooks_off(job.parameters):
+        found = torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
+    job.wrapped.note_reached(job.parts.slots, found[len(inputs) - len(job.parameters) :], job.block)
+    return list(found)
