@@ -50,6 +50,11 @@ CASES = [
     if name in LANGUAGE or not options
 ]
 over_cases = pytest.mark.parametrize(("name", "padding", "options"), CASES)
+# what is trained and where padding stands have nothing to do with one another
+over_fewer_cases = pytest.mark.parametrize(
+    ("name", "padding", "options"),
+    [case for case in CASES if not case.values[2] or case.values[1] == "right"],
+)
 over_modes = pytest.mark.parametrize("mode", ["salient", "full"])
 over_towers = pytest.mark.parametrize("name", TOWERS)
 packed_models = pytest.mark.parametrize("name", [n for n, c in LANGUAGE.items() if c.packed])
@@ -103,7 +108,7 @@ def test_all_tokens_is_dense(name, padding, options, mode):
 
 @pytest.mark.parametrize("fields", KEEPS.values(), ids=KEEPS)
 @over_modes
-@over_cases
+@over_fewer_cases
 def test_rows_match_oracle(name, padding, options, mode, fields):
     model, batch = pictures.build(name, **options), pictures.make_batch(name, padding)
     loss, gradients, rows = sage_step(model, batch, policy_of(attention=mode, **fields))
