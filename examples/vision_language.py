@@ -1,9 +1,10 @@
 """What does SAGE save on a vision-language model, and does it learn as well?
 
-A small LLaVA (SigLIP tower, Llama, random weights, all of it trained) is shown pieces of a
-photograph and asked which row or column of it they are from. It answers in a word, which alone
-bears loss: almost all tokens are of pictures. The photograph comes with matplotlib. Methods take
-the same steps on the same batches; each prints a row and appends a line of JSON:
+A small LLaVA (SigLIP tower, Llama, all of it trained) is shown pieces of a photograph and asked
+which row or column of it they are from. It answers in a word, which alone bears loss: almost all
+tokens are of pictures. The photograph comes with matplotlib. The model learns it densely first;
+then the photograph is turned upside down, and each method fine-tunes the same weights by the same
+batches. Every result is printed and appended as a line of JSON:
 
     python examples/vision_language.py
 """
@@ -51,7 +52,8 @@ class Command:
 
     Args:
         seeds: How many times each method trains.
-        steps: Of a training.
+        pretraining: Dense steps before; with 0, methods start from random weights.
+        steps: Of a fine-tuning.
         rounds: Steps that are timed, of each method in turn.
         batch: Pieces in a batch.
         piece: Side of a piece in pixels; 8 by 8 of them are a token.
@@ -62,7 +64,8 @@ class Command:
     """
 
     seeds: int = 3
-    steps: int = 400
+    pretraining: int = 400
+    steps: int = 150
     rounds: int = 8
     batch: int = 8
     piece: int = 64
@@ -78,12 +81,15 @@ class Pieces(IterableDataset[dict[str, Tensor]]):
     One place in five is never trained on, and is what the model is judged by.
     """
 
-    def __init__(self, command: Command, seed: int, *, held_out: bool = False) -> None:
+    def __init__(
+        self, command: Command, seed: int, *, turned: bool = True, held_out: bool = False
+    ) -> None:
         self.batch, self.piece = command.batch, command.piece
         self.seed, self.held_out = seed, held_out
         with Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)) as photograph:
             shown = photograph.convert("RGB").resize((160, 188))
-        self.photograph = torch.from_numpy(numpy.array(shown)).permute(2, 0, 1) / 127.5 - 1
+        upright = torch.from_numpy(numpy.array(shown)).permute(2, 0, 1) / 127.5 - 1
+        self.photograph = upright.flip(1, 2) if turned else upright
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Batches without end."""
@@ -114,9 +120,9 @@ class Pieces(IterableDataset[dict[str, Tensor]]):
 class VisionLanguage(LightningModule):
     """A LLaVA; nothing in it knows of SAGE."""
 
-    def __init__(self, command: Command) -> None:
+    def __init__(self, command: Command, steps: int) -> None:
         super().__init__()
-        self.command = command
+        self.lr, self.steps = command.lr, steps
         tower = SiglipVisionConfig(
             hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
             image_size=command.piece, patch_size=8, vision_use_head=False,
@@ -138,9 +144,9 @@ class VisionLanguage(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Every weight is trained, the tower's too."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.command.lr, weight_decay=0.01)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.command.lr, total_steps=self.command.steps, pct_start=0.2
+            optimizer, self.lr, total_steps=self.steps, pct_start=0.2
         )
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
@@ -160,23 +166,45 @@ def some(pieces: Pieces, count: int) -> list[dict[str, Tensor]]:
     return list(islice(pieces, count))
 
 
-def train(command: Command, name: str, seed: int) -> tuple[dict[str, Any], VisionLanguage]:
-    """One training, and how well its model answers."""
-    seed_everything(seed, verbose=False)
-    module, policy = VisionLanguage(command), POLICIES[name]
+def fit(module: VisionLanguage, pieces: Pieces, policy: SagePolicy | None) -> dict[str, float]:
+    """Train a module; returns what SAGE says of it at the end."""
+    if not module.steps:
+        return {}
     sage = [] if policy is None else [SageCallback(policy, print_summary=False)]
     trainer = Trainer(
-        accelerator="cpu", max_steps=command.steps, gradient_clip_val=1.0, logger=False,
+        accelerator="cpu", max_steps=module.steps, gradient_clip_val=1.0, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[*sage],
     )  # fmt: skip
-    trainer.fit(module, DataLoader(Pieces(command, seed), batch_size=None))
+    trainer.fit(module, DataLoader(pieces, batch_size=None))
+    return sage[0].summary if sage else {}
+
+
+def pretrained(command: Command) -> VisionLanguage:
+    """The model that knows the photograph as it is."""
+    seed_everything(0, verbose=False)
+    module = VisionLanguage(command, command.pretraining)
+    fit(module, Pieces(command, 3000, turned=False), None)
+    return module
+
+
+def train(
+    command: Command, base: VisionLanguage, name: str, seed: int
+) -> tuple[dict[str, Any], VisionLanguage]:
+    """One fine-tuning, and how well its model answers, before and after."""
+    seed_everything(seed, verbose=False)
+    module, policy = VisionLanguage(command, command.steps), POLICIES[name]
+    if command.pretraining:
+        module.load_state_dict(base.state_dict())
     unseen = some(Pieces(command, 1000, held_out=True), -(-command.judged // command.batch))
-    told = sage[0].summary if sage else {}
+    before = module.accuracy(unseen)
+    module.train()
+    told = fit(module, Pieces(command, seed), policy)
     record = {
         "experiment": "training",
         "method": name,
         "seed": seed,
+        "accuracy before": before,
         "accuracy": module.accuracy(unseen),
         "kept": told.get("kept_fraction"),
         "replayed": told.get("replayed_fraction"),
@@ -248,9 +276,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokens = (command.piece // 8) ** 2
     about = {k: v for k, v in asdict(command).items() if k not in ("seeds", "out")}
     about |= {"image tokens": tokens, "text tokens": 5} | circumstances("cpu")
-    trained, module = [], None
+    trained, module, base = [], None, pretrained(command)
     for seed, name in product(range(command.seeds), POLICIES):
-        record, last = train(command, name, seed)
+        record, last = train(command, base, name, seed)
         module = last if module is None else module
         trained.append(record)
         write([record | about], Path(command.out))

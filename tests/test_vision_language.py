@@ -11,7 +11,10 @@ from lightning_sage import SagePolicy, install
 from tasks import LIGHTNING_WARNINGS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SHORT = ["--seeds=1", "--steps=2", "--rounds=1", "--batch=2", "--piece=32", "--judged=4"]
+SHORT = [
+    *("--seeds=1", "--pretraining=2", "--steps=2", "--rounds=1"),
+    *("--batch=2", "--piece=32", "--judged=4"),
+]
 
 pytestmark = [
     *LIGHTNING_WARNINGS,
@@ -35,6 +38,8 @@ def test_it_writes_what_it_measures(example, tmp_path, capsys):
     trained = [r for r in records if r["experiment"] == "training"]
     assert [r["method"] for r in trained] == list(example.POLICIES)
     assert all(0 <= r["accuracy"] <= 1 for r in trained)
+    # all start from the same weights
+    assert len({r["accuracy before"] for r in trained}) == 1
     assert [r["kept"] is None for r in trained] == [True, False, False]
     costs = [r for r in records if r["experiment"] == "costs"]
     assert len(costs) == 2 * (1 + len(example.POLICIES))
@@ -78,7 +83,7 @@ def test_a_batch_asks_about_the_pieces_it_shows(example):
 
 def test_answers_are_the_loss_rows_and_patches_are_judged_by_all(example):
     command = example.Command(batch=2, piece=32)
-    model = example.VisionLanguage(command).model
+    model = example.VisionLanguage(command, 1).model
     [batch] = example.some(example.Pieces(command, 0), 1)
     with install(model, SagePolicy(keep=0.25, sinks=0, keep_last=False)) as installation:
         model(**batch).loss.backward()
