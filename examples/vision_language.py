@@ -15,7 +15,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass
 from itertools import islice, product
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from time import perf_counter
 from typing import Any
 
@@ -28,11 +28,19 @@ from measure import RESULTS, circumstances, write
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
-from lightning_sage import SageCallback, SagePolicy, install
+from lightning_sage import (
+    AllTokens,
+    ImportanceSampling,
+    RandomTokens,
+    SageCallback,
+    SagePolicy,
+    install,
+)
 from lightning_sage.compare.checkpointing import switch_on
 from lightning_sage.memory import MIB, saved_bytes
 from lightning_sage.metrics import KeptTokens
@@ -43,6 +51,14 @@ POLICIES = {
     "dense": None,
     "sage default": SagePolicy(),
     "sage keep=0.25": SagePolicy(keep=0.25),
+}
+# whose gradients are compared with the dense one, besides
+CHOICES = {
+    "keep=0.25, replay=None": SagePolicy(keep=0.25, replay=None),
+    "the same, no sinks": SagePolicy(keep=0.25, replay=None, sinks=0, keep_last=False),
+    "random": SagePolicy(keep=RandomTokens(0.25), replay=None),
+    "replay=0.25": SagePolicy(keep=AllTokens(), replay=0.25),
+    "drawn": SagePolicy(keep=AllTokens(), replay=ImportanceSampling(0.25)),
 }
 
 
@@ -212,6 +228,36 @@ def train(
     return record, module
 
 
+def gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of the tower's blocks and of the language model's, each as one vector."""
+    model.zero_grad(set_to_none=True)
+    model(**batch).loss.backward()
+    parts = {"tower": "vision_tower.encoder.layers", "text": "language_model.layers"}
+    found = {
+        part: [p.grad.flatten() for n, p in model.named_parameters() if where in n]
+        for part, where in parts.items()
+    }
+    return {part: torch.cat(vectors) for part, vectors in found.items()}
+
+
+def truth(command: Command, base: VisionLanguage) -> list[dict[str, Any]]:
+    """Cosine between sparse and dense gradient where fine-tuning starts, mean of some batches."""
+    model, batches = base.model.train(), some(Pieces(command, 4000), 8)
+    dense = [gradients(model, batch) for batch in batches]
+    rows = []
+    policies = {name: policy for name, policy in POLICIES.items() if policy} | CHOICES
+    for name, policy in policies.items():
+        with install(model, policy):
+            sparse = [gradients(model, batch) for batch in batches]
+        pairs = list(zip(sparse, dense, strict=True))
+        cosines = {
+            part: fmean(cosine_similarity(x[part], y[part], dim=0).item() for x, y in pairs)
+            for part in dense[0]
+        }
+        rows.append({"experiment": "gradients", "method": name} | cosines)
+    return rows
+
+
 def costs(command: Command, module: VisionLanguage, frozen: bool) -> list[dict[str, Any]]:
     """Bytes saved for backward, and seconds of a step, by each method in turn.
 
@@ -277,6 +323,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = {k: v for k, v in asdict(command).items() if k not in ("seeds", "out")}
     about |= {"image tokens": tokens, "text tokens": 5} | circumstances("cpu")
     trained, module, base = [], None, pretrained(command)
+    rows = truth(command, base)
+    write([row | about for row in rows], Path(command.out))
+    show("Cosine of the gradient with the dense one", rows)
     for seed, name in product(range(command.seeds), POLICIES):
         record, last = train(command, base, name, seed)
         module = last if module is None else module

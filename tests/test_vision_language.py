@@ -41,6 +41,9 @@ def test_it_writes_what_it_measures(example, tmp_path, capsys):
     # all start from the same weights
     assert len({r["accuracy before"] for r in trained}) == 1
     assert [r["kept"] is None for r in trained] == [True, False, False]
+    truth = {r["method"]: r for r in records if r["experiment"] == "gradients"}
+    assert len(truth) == len(example.POLICIES) - 1 + len(example.CHOICES)
+    assert all(-1 <= r[part] <= 1 for r in truth.values() for part in ("tower", "text"))
     costs = [r for r in records if r["experiment"] == "costs"]
     assert len(costs) == 2 * (1 + len(example.POLICIES))
     saved = {(r["tower"], r["method"]): r["saved MiB"] for r in costs}
