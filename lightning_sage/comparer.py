@@ -115,6 +115,12 @@ class Comparer:
     def _judge_bias(self, bias: Tensor, seen: Seen) -> None:
         """A bias that is trained, ``[1, H, N, M]``, where it hides nothing."""
         assert seen.call.mask is not None
+        wanted = (len(self.rows), len(self._keys(seen)))
+        if bias.shape[0] != 1 or tuple(bias.shape[2:]) != wanted:
+            raise ReplayError(
+                f"its attention mask of shape {list(bias.shape)} requires grad (a learned bias), "
+                "and is not that of the rows in a replay: freeze it"
+            )
         axis = Axis.CROSS if seen.crosses else Axis.PAIRS
         want = packed_argument(seen.call.mask, axis, self.rows, real=True).expand_as(bias)
         apart = self.rows.sample[:, None] != self._keys(seen).sample

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_sage.axes import ReplayError
 from lightning_sage.follow import Follower, Weigher
+from lightning_sage.positions import COUNTING, counted
 
 
 @dataclass
@@ -77,8 +78,6 @@ class _Current(threading.local):
 
 
 _current = _Current()
-# how blocks find out where their tokens stand, if they are not told
-_COUNTING = {torch.arange, Tensor.__getitem__}
 _lock = threading.Lock()
 _patched = 0
 _original: Any = None
@@ -117,8 +116,8 @@ class Tap(TorchFunctionMode):
         if func is F.dropout:
             followed = self.follower.see(func, args, kwargs)
             return followed if followed is not NotImplemented else self._dropout(*args, **kwargs)
-        if self.handler.positions is not None and func in _COUNTING:
-            return _counted(self.handler.positions, func, args, kwargs)
+        if self.handler.positions is not None and func in COUNTING:
+            return counted(self.handler.positions, func, args, kwargs)
         if not self._inside:
             followed = self.follower.see(func, args, kwargs)
             if followed is not NotImplemented:
@@ -211,33 +210,6 @@ class Tap(TorchFunctionMode):
         )
         out = self.handler.attention(_checked(_as_autocast(call)))
         return out.transpose(1, 2), weights
-
-
-def _counted(positions: Tensor, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-    """Positions of tokens that a block counts by itself: those of the packed rows.
-
-    It counts them with `arange`, or cuts as many from a table of all positions.
-    """
-    N = len(positions)
-    if func is torch.arange:
-        whole = args in ((N,), (0, N))
-        return positions.to(kwargs.get("dtype") or torch.int64) if whole else func(*args, **kwargs)
-    table, index = args
-    cuts = index if isinstance(index, tuple) else (index,)
-    if not all(isinstance(cut, slice) for cut in cuts):
-        return func(table, index)
-    for axis, cut in enumerate(cuts):
-        if cut.stop == N < table.shape[axis] and cut.start in (None, 0):
-            table = table.index_select(axis, positions)
-        else:
-            table = table.narrow(axis, *_span(cut, table.shape[axis]))
-    return table
-
-
-def _span(cut: slice, length: int) -> tuple[int, int]:
-    """Start and length of a slice with a step of one."""
-    start, stop, _ = cut.indices(length)
-    return start, max(stop - start, 0)
 
 
 def _biased(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
