@@ -132,6 +132,16 @@ def test_the_default_policy_matches_the_oracle(name):
         assert all((r.weights > 1).any() for r in tower_blocks(rows))
 
 
+def test_stochastic_depth_is_refused_by_name():
+    """BEiT's default: it draws samples to leave out, which a replay of rows cannot repeat."""
+    from transformers.models.beit.modeling_beit import BeitDropPath
+
+    model = pictures.build("beit")
+    model.beit.layers[1].drop_path = BeitDropPath(0.1)
+    with install(model), pytest.raises(RuntimeError, match=r"BeitLayer\): it draws random numbers"):
+        model(**pictures.make_batch("beit"))
+
+
 @pytest.fixture
 def judged(monkeypatch):
     """Queries, loss rows and valid tokens that blocks were judged by, by number of tokens."""
