@@ -96,7 +96,7 @@ class Arguments:
         S = others[0] if others else 0
         axes = {
             i: axis_of_other(names[i], leaves[i], B, S)
-            if S and names[i].startswith(("encoder", "cross"))
+            if S and names[i].startswith(("encoder", "cross", "memory"))
             else axis_of(names[i], leaves[i], B, T)
             for i in tensors
         }

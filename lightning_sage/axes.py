@@ -19,9 +19,11 @@ class ReplayError(RuntimeError):
 
 
 # arguments of these names are the states of another sequence, to which the block attends
-OTHERS = ("encoder_hidden_states", "cross_attention_states")
+OTHERS = ("encoder_hidden_states", "cross_attention_states", "memory")
 # tables that are looked up by number: their length is no sequence's, even where it is the same
 _TABLES = ("rel_embeddings",)
+# masks of torch.nn, which are of pairs also where a batch has as many samples as tokens
+_PAIRS = ("src_mask", "tgt_mask")
 
 
 class Axis(Enum):
@@ -54,6 +56,8 @@ def axis_of(name: str, x: Tensor, B: int, T: int) -> Axis:
         return Axis.LAST
     if x.dim() == 0 or T not in shape or "cu_seq" in name or name in _TABLES:
         return Axis.NONE
+    if name in _PAIRS and shape == (T, T):
+        return Axis.PAIRS
     if x.dim() == 1 and T != B:
         return Axis.FIRST
     if x.dim() == 2 and batched and shape[1] == T:

@@ -43,8 +43,17 @@ def sparse_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if wrapped is None:
         # removed, while somebody who wrapped the block after us still calls here
         return type(block).forward(block, *args, **kwargs)
+    # what is compiled around here is compiled without SAGE where no graph is recorded
     if wrapped.refused is not None or not torch.is_grad_enabled():
         return _plain(block, wrapped, args, kwargs)
+    return _recorded(block, wrapped, args, kwargs)
+
+
+@torch.compiler.disable(reason="SAGE runs a block's training forward outside of compiled code")  # type: ignore[untyped-decorator]
+def _recorded(
+    block: nn.Module, wrapped: Wrapped, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Of :func:`sparse_forward`, what is done where a graph is recorded."""
     try:
         job = _prepared(block, wrapped, args, kwargs)
     except ReplayError as error:

@@ -73,6 +73,12 @@ def left_dense(model: nn.Module) -> dict[str, str]:
     return found
 
 
+def left_dense_blocks(model: nn.Module, policy: SagePolicy) -> dict[str, nn.Module]:
+    """The layers of :func:`left_dense`; none where the policy names blocks."""
+    names = left_dense(model) if policy.blocks is None else ()
+    return {name: model.get_submodule(name) for name in names}
+
+
 def tell_of_left_dense(model: nn.Module) -> None:
     """Say which layers are left dense although they are trained, or gradients pass through them."""
     by_reason: dict[str, list[str]] = {}
@@ -92,9 +98,13 @@ def tell_of_left_dense(model: nn.Module) -> None:
 
 
 def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    # copies that torch.compile proxies are seen through themselves
+    """Modules by name; what torch.compile has put around a module has the module's own name."""
     optimized = torch._dynamo.OptimizedModule
-    return [(n, m) for n, m in model.named_modules() if not isinstance(m, optimized)]
+    return [
+        (name.replace("_orig_mod.", "").removesuffix("._orig_mod"), module)
+        for name, module in model.named_modules()
+        if not isinstance(module, optimized)
+    ]
 
 
 def _layers(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:

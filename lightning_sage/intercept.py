@@ -2,16 +2,15 @@
 
 Attention is seen through transformers' `AttentionInterface.get_interface` (the model keeps its own
 implementation; softcap and unrepeated keys arrive as arguments) and through
-`F.scaled_dot_product_attention`; weights made by hand are followed from softmax to product; dropout
-through `F.dropout`. Nothing is active outside `Tap`.
+`F.scaled_dot_product_attention`, also inside of `nn.MultiheadAttention`; weights made by hand are
+followed from softmax to product; dropout through `F.dropout`. Nothing is active outside `Tap`.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,8 +20,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_sage.axes import ReplayError
+from lightning_sage.flash import FlashMask
 from lightning_sage.follow import Follower, Weigher
 from lightning_sage.positions import COUNTING, counted
+from lightning_sage.torch_attention import FORWARD, multi_head_attention
 
 
 @dataclass
@@ -42,6 +43,7 @@ class AttentionCall:
             PyTorch's SDPA.
         repeated: Keys and values as SDPA was given them, ``[B, H, T, D]`` where grouped.
         sinks: ``[H]``, logits of a key without a value, which every query sees; or None.
+        flash: What stands in the place of `mask` and `causal`, or None.
     """
 
     q: Tensor
@@ -55,6 +57,7 @@ class AttentionCall:
     run: Callable[[], Tensor] | None = None
     repeated: tuple[Tensor, Tensor] | None = None
     sinks: Tensor | None = None
+    flash: FlashMask | None = None
 
 
 class Handler(Weigher, Protocol):
@@ -71,6 +74,13 @@ class Handler(Weigher, Protocol):
 
     def dropout(self, x: Tensor, p: float) -> Tensor:
         """`x` with elements dropped."""
+
+    def draw(self, func: Callable[..., Tensor], args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """Random numbers of a shape that the block names."""
+
+
+# what draws from sizes alone; what draws by the shape of a tensor is refused by the self-check
+_DRAWS = (torch.rand, torch.randn, torch.randint, torch.randperm)
 
 
 class _Current(threading.local):
@@ -116,6 +126,10 @@ class Tap(TorchFunctionMode):
         if func is F.dropout:
             followed = self.follower.see(func, args, kwargs)
             return followed if followed is not NotImplemented else self._dropout(*args, **kwargs)
+        if func is FORWARD:
+            return self._in_sight(multi_head_attention, *args, **kwargs)
+        if func in _DRAWS and not kwargs.keys() & {"generator", "out"}:
+            return self.handler.draw(func, args, kwargs)
         if self.handler.positions is not None and func in COUNTING:
             return counted(self.handler.positions, func, args, kwargs)
         if not self._inside:
@@ -123,6 +137,14 @@ class Tap(TorchFunctionMode):
             if followed is not NotImplemented:
                 return followed
         return func(*args, **kwargs)
+
+    def _in_sight(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A function that torch hands over as one, with what it calls seen."""
+        super().__enter__()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            super().__exit__(None, None, None)
 
     def _sdpa(
         self,
@@ -165,13 +187,16 @@ class Tap(TorchFunctionMode):
                 # F.scaled_dot_product_attention follows, perhaps with repeated keys
                 self._shown = query, key, value
                 return function(module, query, key, value, *args, **kwargs)
-            return self._eager(function, module, query, key, value, *args, **kwargs)
+            mask = args[0] if args else kwargs.get("attention_mask")
+            flash = FlashMask.of(name, module, query, mask, kwargs)
+            return self._eager(function, flash, module, query, key, value, *args, **kwargs)
 
         return seen
 
     def _eager(
         self,
         function: Callable[..., Any],
+        flash: FlashMask | None,
         module: nn.Module,
         query: Tensor,
         key: Tensor,
@@ -195,7 +220,9 @@ class Tap(TorchFunctionMode):
                 self._inside = False
             return out.transpose(1, 2)
 
-        mask = attention_mask if attention_mask is None else attention_mask[..., : key.shape[2]]
+        mask = None
+        if attention_mask is not None and flash is None:
+            mask = attention_mask[..., : key.shape[2]]
         call = AttentionCall(
             query,
             key,
@@ -207,6 +234,7 @@ class Tap(TorchFunctionMode):
             dropout,
             run,
             sinks=kwargs.get("s_aux"),
+            flash=flash,
         )
         out = self.handler.attention(_checked(_as_autocast(call)))
         return out.transpose(1, 2), weights
@@ -272,11 +300,3 @@ def _unpatch_interface() -> None:
         _patched -= 1
         if _patched == 0:
             sys.modules["transformers.modeling_utils"].AttentionInterface.get_interface = _original
-
-
-@contextmanager
-def random_state_kept(device: torch.device) -> Iterator[None]:
-    """Whatever is drawn inside, the generators afterwards are as before."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        yield

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_sage import ops
 from lightning_sage.axes import ReplayError
 from lightning_sage.drops import Drops, Seed
+from lightning_sage.flash import FlashMask
 from lightning_sage.follow import Weights
 from lightning_sage.intercept import AttentionCall
 from lightning_sage.ops import Rows, Sight, Visibility, packed
@@ -23,7 +24,7 @@ from lightning_sage.sparse import LogitsAttention, SparseAttention, from_rows, k
 
 # what a mask and a flag for causal order mean for the batch under way, of pairs with its own tokens
 # or with those of another sequence
-See = Callable[[Tensor | None, bool, bool], Visibility]
+See = Callable[[Tensor | FlashMask | None, bool, bool], Visibility]
 
 
 class Crossing(NamedTuple):
@@ -94,10 +95,11 @@ class Recorder(Drops):
         if call.q.shape[0] != self.rows.B or call.q.shape[2] != self.rows.T:
             raise ReplayError(
                 f"attention of queries {list(call.q.shape)} is not over its {self.rows.B} samples "
-                f"of {self.rows.T} tokens"
+                f"of {self.rows.T} tokens: is the batch not first (batch_first=False)?"
             )
         crosses = self.crosses(call.k.shape[2])
-        visible, how = self.see(call.mask, call.causal, crosses), self.how(call)
+        visible = self.see(call.flash or call.mask, call.causal, crosses)
+        how = self.how(call)
         keys = self.key_rows(visible, call.k.shape[2] if crosses else None)
         lse: Tensor | None = None
         if how.dropout is not None:
@@ -171,8 +173,11 @@ class PackedForward(Drops):
         Raises:
             ReplayError: The block makes a mask of its own, for other positions than these.
         """
-        if self.sight is None and call.mask is not None:
+        if call.flash is not None or (self.sight is None and call.mask is not None):
             raise ReplayError("it makes its own attention mask: use unselected='identity'")
+        # what stands for a mask of pairs hides nothing, unless the block turns it round (torch.nn)
+        if call.mask is not None and bool(call.mask[(0,) * call.mask.dim()].isneginf()):
+            raise ReplayError("its mask hides where it is True: use unselected='identity'")
         if call.sinks is not None or call.k.shape[2] != call.q.shape[2]:
             raise ReplayError(
                 "it attends to sinks or to another sequence: use unselected='identity'"

@@ -1,8 +1,25 @@
-"""What a caller may not ask of a training forward with SAGE."""
+"""What a caller tells a training forward with SAGE, and what may not be asked of it."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from torch import Tensor, nn
+
+
+def mask_told(module: nn.Module, kwargs: dict[str, Any]) -> Any:
+    """A mask ``[B, T]`` of the tokens that are there, or additive, as far as keywords tell.
+
+    An encoder or decoder of torch.nn is told which are not.
+    """
+    name = {
+        nn.TransformerEncoder: "src_key_padding_mask",
+        nn.TransformerDecoder: "tgt_key_padding_mask",
+    }.get(type(module), "")
+    absent = kwargs.get(name)
+    if isinstance(absent, Tensor):
+        return absent if absent.is_floating_point() else ~absent
+    return kwargs.get("attention_mask")
 
 
 def refuse_requests(config: Any, kwargs: dict[str, Any]) -> None:

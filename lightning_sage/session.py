@@ -13,13 +13,14 @@ from lightning_sage import ops, towers
 from lightning_sage.balance import Agreement, Budget, fit_kept
 from lightning_sage.drops import Seed
 from lightning_sage.facts import Facts, Judged
+from lightning_sage.flash import FlashMask
 from lightning_sage.loss_rows import Heard, loss_rows
-from lightning_sage.masks import Looked, cross_visibility, visibility
+from lightning_sage.masks import Looks
 from lightning_sage.ops import Rows, Visibility
 from lightning_sage.policy import SagePolicy
 from lightning_sage.records import BlockRecord
 from lightning_sage.replay import ALONE, Crossing, Recorder
-from lightning_sage.requests import asks, refuse_cache, refuse_requests
+from lightning_sage.requests import asks, mask_told, refuse_cache, refuse_requests
 from lightning_sage.saliency import saliency
 from lightning_sage.seen import Seen, Written
 from lightning_sage.selections import Chosen
@@ -95,13 +96,13 @@ class Session:
     def _reset(self) -> None:
         # the modules being called, outermost first, and what each was told, by its callers too
         self._inside: dict[nn.Module, dict[str, Any]] = {}
-        self._masks: list[Looked] = []
+        self._looks = Looks()
         self._facts: list[Facts] = []
         self.skip_rows = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle take along: nothing that belongs to a forward under way."""
-        passing = ("_inside", "_masks", "_facts", "batch", "records", "skip_rows", "agreement")
+        passing = ("_inside", "_looks", "_facts", "batch", "records", "skip_rows", "agreement")
         return {name: value for name, value in vars(self).items() if name not in passing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -116,6 +117,7 @@ class Session:
                 module.register_forward_pre_hook(self.enter, with_kwargs=True)
                 module.register_forward_hook(self.leave, always_call=True)
 
+    @torch.compiler.disable(reason="SAGE notes what a model is told")  # type: ignore[untyped-decorator]
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of every module above a block: learn labels and padding from keywords.
 
@@ -135,7 +137,7 @@ class Session:
             # further in, a model hands on a cache of its own making
             if len(self._inside) == 1:
                 refuse_cache(kwargs)
-        labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
+        labels, mask = kwargs.get("labels"), mask_told(module, kwargs)
         # a model may hand its labels on: they stay its own
         if isinstance(labels, Tensor) and labels is not said.get("labels"):
             said |= {"labels": labels, "owner": type(module).__name__}
@@ -166,6 +168,7 @@ class Session:
         self.records[place, call] = record
         self.calls[place] = call + 1
 
+    @torch.compiler.disable(reason="SAGE notes what a model is told")  # type: ignore[untyped-decorator]
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of every module above a block, also called when the forward raised."""
         while module in self._inside:
@@ -209,25 +212,21 @@ class Session:
     def recorder(self, seed: Seed, facts: Facts, crossing: Crossing = ALONE) -> Recorder:
         """What runs the attention of a dense forward."""
 
-        def see(mask: Tensor | None, causal: bool, crosses: bool) -> Visibility:
+        def see(mask: Tensor | FlashMask | None, causal: bool, crosses: bool) -> Visibility:
             return self.visibility(mask, causal, facts.valid, crosses)
 
         return Recorder(seed, facts.every, facts.valid, see, facts.key_rows, crossing)
 
     def visibility(
-        self, mask: Tensor | None, causal: bool, valid: Tensor, crosses: bool = False
+        self,
+        mask: Tensor | FlashMask | None,
+        causal: bool,
+        valid: Tensor,
+        crosses: bool = False,
     ) -> Visibility:
         """What `mask` means; looked at once a forward, however many blocks share it."""
-        if mask is None:
-            return visibility(None, causal and not crosses, valid)
-        for known in self._masks:
-            if known.is_of(mask, valid):
-                return known.visible
-        found = cross_visibility(mask, valid) if crosses else visibility(mask, causal, valid)
         # outside of any forward seen from above nobody would forget it again
-        if self._inside:
-            self._masks = [*self._masks[-3:], Looked(mask, valid, found)]
-        return found
+        return self._looks.at(mask, causal, valid, crosses, remember=bool(self._inside))
 
     def loss_rows(self, valid: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         """Query rows whose attention counts, and rows that bear loss, as far as is known.

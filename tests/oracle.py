@@ -151,11 +151,11 @@ class _Watch(TorchFunctionMode):
     def __init__(self, attention):
         super().__init__()
         self.attention, self.rows, self.dropouts, self.tags = attention, None, 0, None
-        self.attending = False
+        self.attending, self.draws = False, 0
 
     @contextmanager
     def inside(self, rows, hidden):
-        self.rows, self.dropouts, self.tags = rows, 0, _Tags()
+        self.rows, self.dropouts, self.draws, self.tags = rows, 0, 0, _Tags()
         self.tags.own[id(hidden)] = hidden
         try:
             yield
@@ -170,6 +170,8 @@ class _Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         elif func is F.dropout:
             out = self._dropout(*args, **kwargs)
+        elif func in (torch.rand, torch.randint, torch.randperm):
+            return self._draw(func, *args, **kwargs)
         else:
             name = getattr(func, "__name__", "")
             if name == "softmax":
@@ -182,6 +184,14 @@ class _Watch(TorchFunctionMode):
             given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             self.tags.follow(getattr(func, "__name__", ""), given, out)
         return out
+
+    def _draw(self, func, *args, **kwargs):
+        """Numbers for no token in particular: those of the draw's number in the block."""
+        from lightning_sage.drops import numbered
+
+        self.draws += 1
+        generator = numbered(self.rows.seed, self.draws - 1, torch.device("cpu"))
+        return func(*args, **kwargs, generator=generator)
 
     def _softmax(self, func, logits, *args, **kwargs):
         """A softmax over the block's own keys, constant in the columns outside the rows."""

@@ -530,7 +530,7 @@ class TwoTensors(Rowwise):
         (Neighbourly, "another output than the forward"),
         (HiddenAttention, "no attention call was seen"),
         (Noisy, "draws random numbers .rand_like."),
-        (LearnedBias, "mask requires grad.*freeze it"),
+        (LearnedBias, "mask of shape .* requires grad.*freeze it"),
         (CrossAttention, "neither to their own tokens nor to the states that the block is given"),
         (SpatialDropout, "does not run along the tokens"),
         (Pooled, "not hidden states of the shape of its input"),

@@ -13,6 +13,7 @@ from lightning_sage.cache import SparseCache
 from lightning_sage.drops import Seed
 from lightning_sage.estimate.fakes import Known
 from lightning_sage.estimate.ledger import Ledger
+from lightning_sage.flash import FlashMask
 from lightning_sage.intercept import AttentionCall, Tap
 from lightning_sage.job import Surroundings
 from lightning_sage.masks import visibility
@@ -31,7 +32,7 @@ class _Watcher(Recorder):
     def attention(self, call: AttentionCall) -> Tensor:
         """Nothing, of the right shape."""
         crosses = self.crosses(call.k.shape[2])
-        visible = self.see(call.mask, call.causal, crosses)
+        visible = self.see(call.flash or call.mask, call.causal, crosses)
         keys = self.key_rows(visible, call.k.shape[2] if crosses else None)
         out = call.q.new_empty(*call.q.shape[:3], call.v.shape[3])
         lse = call.q.new_empty(call.q.shape[:3], dtype=wide(call.q.dtype))
@@ -83,7 +84,9 @@ class Rehearsal:
         hidden = arguments.leaves[arguments.hidden]
         facts = self.session.facts(hidden)
 
-        def see(mask: Tensor | None, causal: bool, crosses: bool) -> Visibility:
+        def see(mask: Tensor | FlashMask | None, causal: bool, crosses: bool) -> Visibility:
+            if isinstance(mask, FlashMask):
+                return Visibility(mask.causal)
             if mask is None:
                 return visibility(None, causal and not crosses, facts.valid)
             if crosses:
