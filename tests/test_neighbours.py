@@ -1,10 +1,13 @@
 """Packed documents, and what a training step may ask of a model besides its loss."""
 
 import functools
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
+import snippets
 import zoo
 from accuracy import assert_gradients_close, parameter_gradients
 from lightning_sage import AllTokens, SagePolicy, install
@@ -196,3 +199,16 @@ def test_labels_in_the_batch_alone():
         model(**unlabelled)
         kept.append([r.kept for r in installation.records])
     assert all(torch.equal(x, y) for x, y in zip(*kept, strict=True))
+
+
+GUIDE = (Path(__file__).parents[1] / "examples" / "neighbours.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_the_guide_runs():
+    names = snippets.names()
+    with torch.compiler.set_stance(force_backend="eager"):
+        for code in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL):
+            exec(code, names)
+    assert all(x.grad is not None for x in names["encoder"].parameters())
