@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -30,6 +30,17 @@ COLUMNS = (
     "kept",
     "replayed",
 )
+VERDICTS = ("right", "refused", "wrong")
+COVERAGE = """# Every transformers type
+
+Drawn by `examples/coverage.py` from [results/coverage.jsonl](results/coverage.jsonl), which the
+tests' own judge wrote: a tiny random model of each type in float64 ({packages}), against dense
+autograd where every token is kept and against a brute-force oracle where some are; right and left
+padding, `attention="salient"` and "full", full fine-tuning and LoRA on every linear layer. A number
+is the largest error of any gradient; a type that is not right is refused before a step is taken,
+for the reason in the last column, and `install(..., strict=False)` leaves its blocks dense.
+Class A works as it is, B with an adaptation that SAGE makes by itself, C cannot. `blocks` counts
+those that are replayed, and of how many layers of transformers."""
 
 
 def table(records: Sequence[Record]) -> str:
@@ -159,3 +170,76 @@ def _number(record: Record, key: str) -> float | None:
 def _shown(record: Record, key: str, form: str) -> str:
     value = _number(record, key)
     return "" if value is None else format(value, form)
+
+
+def coverage_table(records: Sequence[Record], adaptations: Mapping[str, str]) -> str:
+    """Markdown: how many types are right, and a row a type.
+
+    Args:
+        records: Lines of `examples/coverage.py`.
+        adaptations: What their codes mean.
+    """
+    tasks = list(dict.fromkeys(record["task"] for record in records))
+    by_type = {
+        name: {record["task"]: record for record in group}
+        for name, group in groupby(sorted(records, key=_type), key=_type)
+    }
+    rows = [
+        (
+            name,
+            max(record["class"] for record in found.values()),
+            " ".join(sorted({code for record in found.values() for code in record["adaptations"]})),
+            *(_covered(found.get(task)) for task in tasks),
+            _blocks(found.values()),
+            _why(found.values()),
+        )
+        for name, found in by_type.items()
+    ]
+    columns = ("type", "class", "adapted by", *tasks, "blocks", "why not")
+    counts = [
+        (
+            f"class {c}",
+            *(str(sum(r["class"] == c and r["verdict"] == v for r in records)) for v in VERDICTS),
+        )
+        for c in "ABC"
+    ]
+    codes = "\n".join(f"* **{code}**: {meaning}" for code, meaning in adaptations.items())
+    seen = records[0]["versions"]
+    packages = ", ".join(f"{name} {seen[name]}" for name in ("transformers", "torch", "peft"))
+    return (
+        "\n\n".join(
+            (
+                COVERAGE.format(packages=packages),
+                _markdown(("entries", *VERDICTS), counts),
+                codes,
+                _markdown(columns, rows),
+            )
+        )
+        + "\n"
+    )
+
+
+def _type(record: Record) -> str:
+    name: str = record["type"]
+    return name
+
+
+def _covered(record: Record | None) -> str:
+    if record is None:
+        return ""
+    return f"{record['error']:.0e}" if record["verdict"] == "right" else record["verdict"]
+
+
+def _blocks(records: Iterable[Record]) -> str:
+    """Of the first task; those that are not layers of transformers count as well."""
+    record = next(iter(records))
+    return f"{record['blocks']} of {record['blocks'] + record['dense']}" if record["blocks"] else ""
+
+
+def _why(records: Iterable[Record]) -> str:
+    """The reason, else SAGE's own first message."""
+    for record in records:
+        if record["verdict"] != "right":
+            said = [*record["wrong"], *record["refused"].values()]
+            return record["reason"] or said[0].split(": leave")[0].replace("|", "/")[:160]
+    return ""

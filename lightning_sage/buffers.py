@@ -1,10 +1,11 @@
-"""A module's buffers, brought back to what they were."""
+"""A module's buffers and the random generators, brought back to what they were."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -30,3 +31,11 @@ def buffers_kept(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         undo()
+
+
+@contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn inside, the generators afterwards are as before."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        yield

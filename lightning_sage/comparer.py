@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,14 @@ def norms(x: Tensor) -> Tensor:
     return found
 
 
+def random_numbers(drawn: list[str]) -> ReplayError:
+    """What is raised of a block that draws what no replay can repeat: by functions or shapes."""
+    return ReplayError(
+        f"it draws random numbers ({', '.join(sorted(set(drawn)))}), which a replay of some rows "
+        "cannot repeat: switch that off, or leave the block dense with dense_blocks"
+    )
+
+
 class Comparer:
     """A replay's handler that compares what it is shown with the dense pass."""
 
@@ -44,11 +53,23 @@ class Comparer:
         self.dropout, self.positions = replayer.dropout, replayer.positions
         self.could_be_weights, self.softmax = replayer.could_be_weights, replayer.softmax
         self.routed = False
+        self.drawn: list[torch.Size] = []
 
     @property
     def calls(self) -> int:
         """Attention calls so far."""
         return self.replayer.calls
+
+    def draw(self, func: Callable[..., Tensor], args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """The same numbers again.
+
+        Raises:
+            ReplayError: How many there are depends on the rows.
+        """
+        found = self.replayer.draw(func, args, kwargs)
+        if self.replayer.drawn != self.drawn[: len(self.replayer.drawn)]:
+            raise random_numbers([f"{list(shape)}" for shape in self.drawn])
+        return found
 
     def judge(self, what: str, got: Tensor, want: Tensor, size: Tensor, hint: str = "") -> None:
         """Compare rows, ``[N, ...]``.
@@ -115,6 +136,12 @@ class Comparer:
     def _judge_bias(self, bias: Tensor, seen: Seen) -> None:
         """A bias that is trained, ``[1, H, N, M]``, where it hides nothing."""
         assert seen.call.mask is not None
+        wanted = (len(self.rows), len(self._keys(seen)))
+        if bias.shape[0] != 1 or tuple(bias.shape[2:]) != wanted:
+            raise ReplayError(
+                f"its attention mask of shape {list(bias.shape)} requires grad (a learned bias), "
+                "and is not that of the rows in a replay: freeze it"
+            )
         axis = Axis.CROSS if seen.crosses else Axis.PAIRS
         want = packed_argument(seen.call.mask, axis, self.rows, real=True).expand_as(bias)
         apart = self.rows.sample[:, None] != self._keys(seen).sample

@@ -73,6 +73,12 @@ def left_dense(model: nn.Module) -> dict[str, str]:
     return found
 
 
+def left_dense_blocks(model: nn.Module, policy: SagePolicy) -> dict[str, nn.Module]:
+    """The layers of :func:`left_dense`; none where the policy names blocks."""
+    names = left_dense(model) if policy.blocks is None else ()
+    return {name: model.get_submodule(name) for name in names}
+
+
 def tell_of_left_dense(model: nn.Module) -> None:
     """Say which layers are left dense although they are trained, or gradients pass through them."""
     by_reason: dict[str, list[str]] = {}

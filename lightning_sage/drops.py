@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,11 +30,17 @@ class Seed:
         return self.value
 
 
+def numbered(seed: int, number: int, device: torch.device) -> torch.Generator:
+    """The generator of the draw that has this number in a block's forward, counted from 0."""
+    return torch.Generator(device).manual_seed(seed + ((number + 1) << 32))
+
+
 class Drops:
     """Dropout whose mask depends on tokens alone; the same in every pass over a batch.
 
     Attributes:
         weights_too: Whether attention weights are dropped. The self-check compares without.
+        drawn: Shapes of the random numbers that the block drew by itself.
     """
 
     weights_too = True
@@ -39,6 +48,7 @@ class Drops:
 
     def __init__(self, seed: Seed, rows: Rows, shape: tuple[int, int]) -> None:
         self.seed, self.rows, self.shape, self.drops = seed, rows, shape, 0
+        self.drawn: list[torch.Size] = []
 
     def dropout(self, x: Tensor, p: float) -> Tensor:
         """See :func:`lightning_sage.ops.reference.row_dropout`."""
@@ -54,6 +64,14 @@ class Drops:
         dropped = ops.row_dropout(flat, self.rows.index, int(self.seed), self.drops, p)
         self.drops += 1
         return dropped.view(x.shape)
+
+    def draw(self, func: Callable[..., Tensor], args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """What a block draws for no token: the same in every pass."""
+        device = torch.device(kwargs.get("device") or torch.get_default_device())
+        generator = numbered(int(self.seed), len(self.drawn), device)
+        found = func(*args, **kwargs, generator=generator)
+        self.drawn.append(found.shape)
+        return found
 
     def how(self, call: AttentionCall) -> How:
         """How the weights of a call are made; counts its dropout."""

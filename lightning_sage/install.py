@@ -54,7 +54,10 @@ class Installation:
 
     @property
     def records(self) -> list[BlockRecord]:
-        """What each block did with the latest batch, in order; empty before the first."""
+        """What each block did with the latest batch, in order; empty before the first.
+
+        A block that is called several times in a forward has a record of each call.
+        """
         return [record for _, record in sorted(self.session.records.items())]
 
     @property

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_sage.axes import ReplayError
 from lightning_sage.flash import FlashMask
 from lightning_sage.follow import Follower, Weigher
+from lightning_sage.positions import COUNTING, counted
 from lightning_sage.torch_attention import FORWARD, multi_head_attention
 
 
@@ -75,14 +75,19 @@ class Handler(Weigher, Protocol):
     def dropout(self, x: Tensor, p: float) -> Tensor:
         """`x` with elements dropped."""
 
+    def draw(self, func: Callable[..., Tensor], args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """Random numbers of a shape that the block names."""
+
+
+# what draws from sizes alone; what draws by the shape of a tensor is refused by the self-check
+_DRAWS = (torch.rand, torch.randn, torch.randint, torch.randperm)
+
 
 class _Current(threading.local):
     tap: Tap | None = None
 
 
 _current = _Current()
-# how blocks find out where their tokens stand, if they are not told
-_COUNTING = {torch.arange, Tensor.__getitem__}
 _lock = threading.Lock()
 _patched = 0
 _original: Any = None
@@ -123,8 +128,10 @@ class Tap(TorchFunctionMode):
             return followed if followed is not NotImplemented else self._dropout(*args, **kwargs)
         if func is FORWARD:
             return self._in_sight(multi_head_attention, *args, **kwargs)
-        if self.handler.positions is not None and func in _COUNTING:
-            return _counted(self.handler.positions, func, args, kwargs)
+        if func in _DRAWS and not kwargs.keys() & {"generator", "out"}:
+            return self.handler.draw(func, args, kwargs)
+        if self.handler.positions is not None and func in COUNTING:
+            return counted(self.handler.positions, func, args, kwargs)
         if not self._inside:
             followed = self.follower.see(func, args, kwargs)
             if followed is not NotImplemented:
@@ -233,33 +240,6 @@ class Tap(TorchFunctionMode):
         return out.transpose(1, 2), weights
 
 
-def _counted(positions: Tensor, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-    """Positions of tokens that a block counts by itself: those of the packed rows.
-
-    It counts them with `arange`, or cuts as many from a table of all positions.
-    """
-    N = len(positions)
-    if func is torch.arange:
-        whole = args in ((N,), (0, N))
-        return positions.to(kwargs.get("dtype") or torch.int64) if whole else func(*args, **kwargs)
-    table, index = args
-    cuts = index if isinstance(index, tuple) else (index,)
-    if not all(isinstance(cut, slice) for cut in cuts):
-        return func(table, index)
-    for axis, cut in enumerate(cuts):
-        if cut.stop == N < table.shape[axis] and cut.start in (None, 0):
-            table = table.index_select(axis, positions)
-        else:
-            table = table.narrow(axis, *_span(cut, table.shape[axis]))
-    return table
-
-
-def _span(cut: slice, length: int) -> tuple[int, int]:
-    """Start and length of a slice with a step of one."""
-    start, stop, _ = cut.indices(length)
-    return start, max(stop - start, 0)
-
-
 def _biased(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
     """A bias by position and a mask, in one."""
     if bias is None or mask is None:
@@ -320,11 +300,3 @@ def _unpatch_interface() -> None:
         _patched -= 1
         if _patched == 0:
             sys.modules["transformers.modeling_utils"].AttentionInterface.get_interface = _original
-
-
-@contextmanager
-def random_state_kept(device: torch.device) -> Iterator[None]:
-    """Whatever is drawn inside, the generators afterwards are as before."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        yield

@@ -13,8 +13,9 @@ from torch.utils import _pytree as pytree
 from lightning_sage.arguments import Arguments
 from lightning_sage.axes import ReplayError
 from lightning_sage.balance import Budget
+from lightning_sage.buffers import random_state_kept
 from lightning_sage.drops import Seed
-from lightning_sage.intercept import Handler, Tap, random_state_kept
+from lightning_sage.intercept import Handler, Tap
 from lightning_sage.modes import Modes
 from lightning_sage.ops import Rows
 from lightning_sage.records import BlockRecord

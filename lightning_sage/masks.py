@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lightning_sage.flash import FlashMask
 from lightning_sage.ops import Visibility
 
 # rows of a mask looked at together: the comparison never holds another [T, T]
@@ -123,3 +124,44 @@ class Looked:
         """Whether `mask` is this one, unchanged."""
         alive = not self.storage.expired()
         return alive and self.valid is valid and self.marks == self._marks(mask)
+
+
+class Looks:
+    """The masks of one forward that were looked at; blocks share them."""
+
+    def __init__(self) -> None:
+        self._masks: list[Looked] = []
+        self._flash: list[tuple[FlashMask, Tensor, Visibility]] = []
+
+    def at(
+        self,
+        mask: Tensor | FlashMask | None,
+        causal: bool,
+        valid: Tensor,
+        crosses: bool,
+        remember: bool,
+    ) -> Visibility:
+        """What a mask means.
+
+        Args:
+            mask: Of pairs, see :func:`visibility`, or what flash attention is told.
+            causal: As there.
+            valid: As there.
+            crosses: Whether keys are those of another sequence.
+            remember: Whether it is looked at once for all that ask.
+        """
+        if mask is None:
+            return visibility(None, causal and not crosses, valid)
+        if isinstance(mask, FlashMask):
+            for flash, of, visible in self._flash:
+                if of is valid and flash.same(mask):
+                    return visible
+            found = mask.visibility(valid)
+            self._flash = [*self._flash[-3:], (mask, valid, found)] if remember else self._flash
+            return found
+        for known in self._masks:
+            if known.is_of(mask, valid):
+                return known.visible
+        found = cross_visibility(mask, valid) if crosses else visibility(mask, causal, valid)
+        self._masks = [*self._masks[-3:], Looked(mask, valid, found)] if remember else self._masks
+        return found

@@ -8,20 +8,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# what PEFT's layers ask: which adapters are active, and whether none is
-_ADAPTERS = ("_active_adapter", "_disable_adapters")
-
 
 class Modes:
     """Train and eval modes and active adapters of a block's modules, in one call of it.
 
     Attributes:
-        values: By module; equal lists of them are of calls of the same kind.
+        values: Equal ones are of calls of the same kind.
     """
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
-        self.values = tuple(_mode(module) for module in modules)
+        self.values = _values(modules)
         self._hooks = _pre_hooks(modules)
 
     @property
@@ -36,33 +33,48 @@ class Modes:
         Args:
             parameters: What was trained then: PEFT freezes the adapters that it switches off.
         """
-        pairs = zip(self.modules, self.values, strict=True)
-        changed = [(module, mode, now) for module, mode in pairs if (now := _mode(module)) != mode]
+        now = _values(self.modules)
         frozen = [x for x in parameters if not x.requires_grad]
         try:
-            for module, mode, _ in changed:
-                _set_mode(module, mode)
+            if now != self.values:
+                _set(self.modules, self.values)
             for x in frozen:
                 x.requires_grad_(True)
             yield
         finally:
-            for module, _, now in changed:
-                _set_mode(module, now)
+            if now != self.values:
+                _set(self.modules, now)
             for x in frozen:
                 x.requires_grad_(False)
 
 
-def _mode(module: nn.Module) -> tuple[Any, ...]:
-    active, disabled = (module.__dict__.get(name) for name in _ADAPTERS)
-    return module.training, tuple(active) if isinstance(active, list) else active, disabled
+def _values(modules: list[nn.Module]) -> tuple[Any, ...]:
+    # asked in every call of every block: most modules are no layers of PEFT
+    adapters = [
+        (i, _adapters(module))
+        for i, module in enumerate(modules)
+        if "_active_adapter" in module.__dict__
+    ]
+    return tuple([module.training for module in modules]), tuple(adapters)
 
 
-def _set_mode(module: nn.Module, mode: tuple[Any, ...]) -> None:
-    module.training, active, disabled = mode
-    values = list(active) if isinstance(active, tuple) else active, disabled
-    for name, value in zip(_ADAPTERS, values, strict=True):
-        if value is not None:
-            module.__dict__[name] = value
+def _adapters(layer: nn.Module) -> tuple[str | tuple[str, ...], bool]:
+    """Which adapters of a layer are active, and whether none is."""
+    own = layer.__dict__
+    active = own["_active_adapter"]
+    return tuple(active) if isinstance(active, list) else active, getattr(
+        layer, "_disable_adapters", False
+    ) is True
+
+
+def _set(modules: list[nn.Module], values: tuple[Any, ...]) -> None:
+    training, adapters = values
+    for module, mode in zip(modules, training, strict=True):
+        module.training = mode
+    for i, (active, disabled) in adapters:
+        own = modules[i].__dict__
+        own["_active_adapter"] = list(active) if isinstance(active, tuple) else active
+        own["_disable_adapters"] = disabled
 
 
 def _pre_hooks(modules: list[nn.Module]) -> list[tuple[int, ...]]:

@@ -142,7 +142,7 @@ class Recorder(Drops):
         if dropout is not None:
             number = torch.arange(x.shape[:-1].numel(), device=x.device).view(x.shape[:-1])
             columns = torch.arange(x.shape[-1], device=x.device)[None]
-            x = x * ops.weights_dropout(number, columns, dropout).to(x.dtype)
+            x = x * ops.weights_dropout(number, columns, dropout, x.dtype)
         found = given(x)
         out = found.reshape(B, -1, *found.shape[-2:])
         lse = logits.to(ops.wide(logits.dtype)).logsumexp(-1)

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from lightning_sage import ops
 from lightning_sage.axes import ReplayError
-from lightning_sage.buffers import buffers_kept
-from lightning_sage.comparer import Comparer, NeedsPairs, norms
+from lightning_sage.buffers import buffers_kept, random_state_kept
+from lightning_sage.comparer import Comparer, NeedsPairs, norms, random_numbers
+from lightning_sage.dense_bytes import dense_bytes
 from lightning_sage.drops import Seed
 from lightning_sage.facts import Facts
-from lightning_sage.intercept import Tap, random_state_kept
-from lightning_sage.memory import saved_bytes
+from lightning_sage.intercept import Tap
 from lightning_sage.ops import Rows
 from lightning_sage.replay import Crossing, Replayer
 from lightning_sage.seen import BY_HAND, Seen, Written
@@ -65,8 +65,11 @@ def first_call(job: Job) -> None:
     with torch.no_grad(), kept[0], kept[1], unseen, unheard():
         if counts:
             session.dense_bytes[call] = dense_bytes(job)
-        if checks and (_compare(job, hidden) or wrapped.nested):
-            wrapped.checked[job.kind] = job.learned
+        if checks:
+            with job.parts.stirred():
+                agreed = _compare(job, hidden)
+            if agreed or wrapped.nested:
+                wrapped.checked[job.kind] = job.learned
 
 
 def _as_it_is(x: Tensor) -> Tensor:
@@ -91,14 +94,11 @@ def _compare(job: Job, hidden: Tensor) -> bool:
     if random.getstate() != drawn:
         random.setstate(drawn)
         watch.append("Python's random")
+    watch += [f"{list(x)}" for x in recorder.drawn if {job.T, job.B * job.T} & set(x)]
     if watch:
-        raise ReplayError(
-            f"it draws random numbers ({', '.join(sorted(set(watch)))}), which a replay of some "
-            "rows cannot repeat: switch that off, or leave the block dense with dense_blocks"
-        )
+        raise random_numbers(watch)
     rows = Rows.of(_half(facts.valid))
-    finite = out.flatten(0, 1)[rows.index].isfinite().all(-1)
-    if not bool(finite.any()):
+    if not bool(_finite(out, rows).any()):
         if job.wrapped.nested:
             raise ReplayError(
                 "its first batch is padding alone, or not finite, and parts of it are sharded by "
@@ -110,10 +110,14 @@ def _compare(job: Job, hidden: Tensor) -> bool:
         if job.session.policy.attention == "full":
             raise ReplayError(BY_HAND)
     routed = bool(called & {"topk", "argmax", "sort", "argsort"})
+    given = hidden, out, recorder.seen, routed, recorder.drawn
     first: ReplayError | None = None
     while True:
         try:
-            _compare_replay(job, hidden, out, rows, recorder.seen, finite, routed)
+            _compare_replay(job, *given, rows)
+            if job.learned.positional:
+                # the places that were left out: a block may count from the end, or to it
+                _compare_replay(job, *given, Rows.of(_half(facts.valid, ends=True)))
             return True
         except NeedsPairs:
             job.learn(replace(job.learned, pairs=True))
@@ -129,10 +133,10 @@ def _compare_replay(
     job: Job,
     hidden: Tensor,
     out: Tensor,
-    rows: Rows,
     seen: list[Seen | Written],
-    finite: Tensor,
     routed: bool,
+    drawn: list[torch.Size],
+    rows: Rows,
 ) -> None:
     """Replay some rows, and compare what attention is given and what the block returns.
 
@@ -142,8 +146,8 @@ def _compare_replay(
     replayer = Replayer(Seed(1), rows, [x.keep(rows, False, None) for x in seen])
     replayer.weights_too = False
     replayer.positions = rows.token if job.learned.positional else None
-    comparer = Comparer(rows, seen, finite, replayer, job.learned.pairs)
-    comparer.routed = routed
+    comparer = Comparer(rows, seen, _finite(out, rows), replayer, job.learned.pairs)
+    comparer.routed, comparer.drawn = routed, drawn
     own = ops.gather_rows(hidden, rows.index)
     again = _replayed(job, comparer, rows, own)
     if comparer.calls != len(seen):
@@ -155,6 +159,11 @@ def _compare_replay(
     size = norms(dense - own) + 1e-3 * norms(dense)
     hint = "" if seen else "; no attention call was seen, so its own may be hidden"
     comparer.judge("output", again, dense, size, hint)
+
+
+def _finite(out: Tensor, rows: Rows) -> Tensor:
+    finite: Tensor = out.flatten(0, 1)[rows.index].isfinite().all(-1)
+    return finite
 
 
 def _crossing_calls(job: Job, facts: Facts) -> frozenset[int]:
@@ -196,7 +205,7 @@ def _replayed(job: Job, comparer: Comparer, rows: Rows, own: Tensor) -> Tensor:
                 "dense with dense_blocks"
             ) from error
         job.learn(replace(job.learned, outlets=_outlets(job, own)))
-    known = {id(x) for x in (own, *leaves.values(), *job.parameters)}
+    known = {id(x) for x in (own, *leaves.values(), *job.parts.trainable())}
     # where parts are sharded by themselves, the replay hands gradients to whatever is there
     lost = (
         []
@@ -260,34 +269,20 @@ def _generators(device: torch.device) -> list[Tensor]:
     return [torch.get_rng_state(), *cuda]
 
 
-def _half(valid: Tensor) -> Tensor:
+def _half(valid: Tensor, ends: bool = False) -> Tensor:
     """A fixed random half of each sample's valid tokens, and at most `ROWS` of them.
 
     What is special of first and last tokens must show: the first and the last sample go without
-    them, so that others stand in their places, and the samples between have them.
+    them, so that others stand in their places, and the samples between have them; with `ends` it
+    is the other way round.
     """
     index = torch.arange(valid.numel(), device=valid.device).view_as(valid)
     order = valid.long().cumsum(1)
-    ends = (order == 1) | (order == order[:, -1:])
-    between = torch.ones_like(valid[:, :1], dtype=torch.float64)
-    between[0] = between[-1] = 0
-    key = torch.where(ends, 1 - 2 * between, ops.uniform(1, 0, index)).masked_fill(~valid, 2.0)
+    outermost = (order == 1) | (order == order[:, -1:])
+    between = torch.full_like(valid[:, :1], not ends, dtype=torch.float64)
+    between[0] = between[-1] = float(ends)
+    drawn = ops.uniform(1, int(ends), index)
+    key = torch.where(outermost, 1 - 2 * between, drawn).masked_fill(~valid, 2.0)
     count = ((valid.sum(1, keepdim=True) + 1) // 2).clamp(max=ROWS)
     chosen: Tensor = valid.logical_and(key.argsort(1).argsort(1) < count)
     return chosen
-
-
-def dense_bytes(job: Job) -> int:
-    """Bytes that a dense forward of the block saves for backward; its graph is dropped at once.
-
-    Parameters, buffers and arguments that blocks share are not counted.
-    """
-    block = job.block
-    there = [*block.parameters(), *block.buffers(), *job.leaves().values()]
-    hidden = job.hidden.detach().requires_grad_()
-    with torch.enable_grad(), job.surroundings.restored(), saved_bytes(exclude=there) as held:
-        args, kwargs = job.arguments.call({job.arguments.hidden: hidden})
-        output = job.own(args, kwargs)
-        bytes_held = held()
-    del output
-    return bytes_held

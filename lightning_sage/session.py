@@ -15,7 +15,7 @@ from lightning_sage.drops import Seed
 from lightning_sage.facts import Facts, Judged
 from lightning_sage.flash import FlashMask
 from lightning_sage.loss_rows import Heard, loss_rows
-from lightning_sage.masks import Looked, cross_visibility, visibility
+from lightning_sage.masks import Looks
 from lightning_sage.ops import Rows, Visibility
 from lightning_sage.policy import SagePolicy
 from lightning_sage.records import BlockRecord
@@ -96,23 +96,13 @@ class Session:
     def _reset(self) -> None:
         # the modules being called, outermost first, and what each was told, by its callers too
         self._inside: dict[nn.Module, dict[str, Any]] = {}
-        self._masks: list[Looked] = []
-        self._flash: list[tuple[FlashMask, Tensor, Visibility]] = []
+        self._looks = Looks()
         self._facts: list[Facts] = []
         self.skip_rows = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle take along: nothing that belongs to a forward under way."""
-        passing = (
-            "_inside",
-            "_masks",
-            "_flash",
-            "_facts",
-            "batch",
-            "records",
-            "skip_rows",
-            "agreement",
-        )
+        passing = ("_inside", "_looks", "_facts", "batch", "records", "skip_rows", "agreement")
         return {name: value for name, value in vars(self).items() if name not in passing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -223,36 +213,20 @@ class Session:
         """What runs the attention of a dense forward."""
 
         def see(mask: Tensor | FlashMask | None, causal: bool, crosses: bool) -> Visibility:
-            if isinstance(mask, FlashMask):
-                return self._flash_visibility(mask, facts.valid)
             return self.visibility(mask, causal, facts.valid, crosses)
 
         return Recorder(seed, facts.every, facts.valid, see, facts.key_rows, crossing)
 
     def visibility(
-        self, mask: Tensor | None, causal: bool, valid: Tensor, crosses: bool = False
+        self,
+        mask: Tensor | FlashMask | None,
+        causal: bool,
+        valid: Tensor,
+        crosses: bool = False,
     ) -> Visibility:
         """What `mask` means; looked at once a forward, however many blocks share it."""
-        if mask is None:
-            return visibility(None, causal and not crosses, valid)
-        for known in self._masks:
-            if known.is_of(mask, valid):
-                return known.visible
-        found = cross_visibility(mask, valid) if crosses else visibility(mask, causal, valid)
         # outside of any forward seen from above nobody would forget it again
-        if self._inside:
-            self._masks = [*self._masks[-3:], Looked(mask, valid, found)]
-        return found
-
-    def _flash_visibility(self, mask: FlashMask, valid: Tensor) -> Visibility:
-        """Likewise of flash attention."""
-        for known, of, visible in self._flash:
-            if of is valid and known.same(mask):
-                return visible
-        found = mask.visibility(valid)
-        if self._inside:
-            self._flash = [*self._flash[-3:], (mask, valid, found)]
-        return found
+        return self._looks.at(mask, causal, valid, crosses, remember=bool(self._inside))
 
     def loss_rows(self, valid: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         """Query rows whose attention counts, and rows that bear loss, as far as is known.

@@ -117,7 +117,7 @@ class LogitsAttention(torch.autograd.Function):
         dtype = wide(v.dtype)
         grad = grad.to(dtype)
         p = probabilities(logits.to(dtype), lse, rows, keys)
-        held = weights_held(p.shape, rows, keys, dropout, p.device)
+        held = weights_held(p, rows, keys, dropout)
         dropped = p if held is None else p * held
         dv = dropped.transpose(-1, -2) @ grad
         dp = grad @ v.to(dtype).transpose(-1, -2)
@@ -135,16 +135,15 @@ def probabilities(logits: Tensor, lse: Tensor, rows: Rows, keys: Rows) -> Tensor
     return shifted.masked_fill(apart, float("-inf")).exp()
 
 
-def weights_held(
-    shape: torch.Size, rows: Rows, keys: Rows, dropout: Dropout | None, device: torch.device
-) -> Tensor | None:
+def weights_held(weights: Tensor, rows: Rows, keys: Rows, dropout: Dropout | None) -> Tensor | None:
     """Factors of packed attention weights ``[1, H, N, M]`` after dropout; None for none."""
+    shape, device = weights.shape, weights.device
     if dropout is None:
         return None
     heads = torch.arange(shape[1], device=device)[:, None]
     number = (rows.sample * shape[1] + heads) * rows.T + rows.token
     columns = keys.token.expand(*shape[1:])
-    return ops.weights_dropout(number, columns, dropout)[None]
+    return ops.weights_dropout(number, columns, dropout, weights.dtype)[None]
 
 
 def logits_of(call: AttentionCall) -> Tensor:

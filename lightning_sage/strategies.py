@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from lightning_sage.balance import Agreement, Mode
 from lightning_sage.callback import SageCallback
-from lightning_sage.discovery import find_blocks, left_dense
+from lightning_sage.discovery import find_blocks, left_dense_blocks
 from lightning_sage.policy import SagePolicy
 from lightning_sage.sharding import shard
 from lightning_sage.support import callbacks_of, configured
@@ -277,12 +277,9 @@ class SageModelParallelStrategy(_SageMixin, ModelParallelStrategy):
         policy = callback.policy if callback is not None else self.policy or SagePolicy()
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}
         dtype = dtypes[self.activation_dtype]
-        blocks = find_blocks(module, policy)
-        if policy.blocks is None:
-            blocks |= {name: module.get_submodule(name) for name in left_dense(module)}
         shard(
             module,
-            blocks,
+            find_blocks(module, policy) | left_dense_blocks(module, policy),
             self.device_mesh["data_parallel"],
             MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32),
         )

@@ -172,6 +172,26 @@ class Parts:
                     "support_avx512bf16_for_cpu=False"
                 )
 
+    @contextmanager
+    def stirred(self) -> Iterator[None]:
+        """With numbers in place of trainable parameters that are zero, as adapters are at first.
+
+        What an adapter does wrong would not show as long as it does nothing.
+        """
+        stilled: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+        try:
+            for module, name in self.slots:
+                own: dict[str, Any] = module._parameters
+                parameter = own[name]
+                if type(parameter) is nn.Parameter and not bool(parameter.any()):
+                    scale = max(parameter.shape, default=1) ** -0.5
+                    own[name] = nn.Parameter(torch.randn_like(parameter) * scale)
+                    stilled.append((own, name, parameter))
+            yield
+        finally:
+            for own, name, parameter in stilled:
+                own[name] = parameter
+
     def refuse_capacity(self) -> None:
         """Refuse experts that take so many tokens only: a replay of some drops others.
 

@@ -12,8 +12,23 @@ and H' what leaves the block:
   ``dL/dH = dL/dH' + (vjp(w dL/dH') - w dL/dH')``: the branches weighted, the residual path not.
 
 All else in a block acts row by row. Attention is a plain softmax over all keys, no fused kernel.
+What follows from this for what attention may be more than that:
+
+* a sink is one more logit of each query, of which no row is the key: it is never detached, and
+  learns from the queries in S;
+* a learned bias of pairs belongs to its query. It learns from the logits that have a gradient: of
+  the queries in S, with ``attention="salient"`` to the keys in S, with "full" to all keys. A bias
+  that a block makes and hands on as a further output keeps its gradient from where it is used: in
+  each block from that block's pairs. Outputs besides the hidden states are never detached;
+* keys and values that are not made of the block's hidden states (cross-attention) are inputs like
+  any other: nothing of them is detached, and all of them get their gradient from the queries in S.
+  Where a call has such keys behind the block's own, the first columns are the block's own;
+* attention written out by hand is known by a softmax over keys. Its logits' columns are detached
+  outside S, and its values where the weights meet them. Its keys cannot be told from there: it is
+  defined with ``attention="salient"`` only.
 """
 
+import itertools
 import math
 import types
 from contextlib import contextmanager
@@ -22,6 +37,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 
 @dataclass(frozen=True)
@@ -39,18 +55,21 @@ def replayed(records):
 
 
 def _weights(record):
-    weights = getattr(record, "weights", None)
-    return record.replayed.double() if weights is None else weights.double()
+    # a block that the backward pass did not reach replayed nothing
+    weights = torch.zeros(record.kept.shape) if record.weights is None else record.weights
+    return weights.double()
 
 
 @contextmanager
 def oracle(model, rows, attention):
-    """Give `model`, inside, the gradient over `rows` (one `Rows` per block, by module name)."""
-    watch = _Watch(attention)
-    blocks = {r.name: model.get_submodule(r.name) for r in rows}
+    """Give `model`, inside, the gradient over `rows`: of a block, one `Rows` for each call."""
+    watch, calls = _Watch(attention), {}
     for r in rows:
-        block = blocks[r.name]
-        block.forward = types.MethodType(_sparse(block.forward, r, watch), block)
+        calls.setdefault(r.name, []).append(r)
+    blocks = {name: model.get_submodule(name) for name in calls}
+    for name, block in blocks.items():
+        sparse = _sparse(block.forward, itertools.cycle(calls[name]), watch)
+        block.forward = types.MethodType(sparse, block)
     try:
         with _transformers_attention(watch), watch:
             yield model
@@ -59,12 +78,20 @@ def oracle(model, rows, attention):
             del block.forward
 
 
-def _sparse(forward, rows, watch):
-    def sparse(_block, hidden, *args, **kwargs):
+def _sparse(forward, calls, watch):
+    def sparse(_block, *args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        rows = next(calls)
+        hidden = args[0] if args else kwargs["hidden_states"]
         weights = rows.weights.to(hidden.device)
-        inside = (weights > 0)[..., None]
-        with watch.inside(rows):
-            output = forward(frozen_outside(hidden, inside), *args, **kwargs)
+        frozen = frozen_outside(hidden, (weights > 0)[..., None])
+        if args:
+            args = (frozen, *args[1:])
+        else:
+            kwargs["hidden_states"] = frozen
+        with watch.inside(rows, frozen):
+            output = forward(*args, **kwargs)
         first = output[0] if isinstance(output, tuple) else output
         first = _identity_outside(hidden, first, weights.to(first.dtype)[..., None])
         return (first, *output[1:]) if isinstance(output, tuple) else first
@@ -83,27 +110,109 @@ def _identity_outside(hidden, output, weight):
     return output.detach() + through_block + past_it
 
 
+class _Tags:
+    """Which tensors of a block's forward are made of what; they are held so that ids stay theirs.
+
+    Attributes:
+        own: Made of the block's hidden states.
+        scores: Made of a product of two that are: logits of the block's own keys.
+        shares: Weights of attention over the block's own keys.
+    """
+
+    def __init__(self):
+        self.own, self.scores, self.shares = {}, {}, {}
+
+    def follow(self, name, given, out):
+        """Tag what a function made of the tensors it was given."""
+        # an assignment changes what it is given first
+        made = [given[0]] if out is None and given else pytree.tree_leaves(out)
+        product = name in _PRODUCTS
+        own = [x for x in given if id(x) in self.own]
+        scores = any(id(x) in self.scores for x in given) or (product and len(own) > 1)
+        shares = not product and any(id(x) in self.shares for x in given)
+        for x in made:
+            if isinstance(x, torch.Tensor):
+                for tagged, wanted in (
+                    (self.own, own),
+                    (self.scores, scores and name != "softmax"),
+                    (self.shares, shares),
+                ):
+                    if wanted:
+                        tagged[id(x)] = x
+
+
+_PRODUCTS = ("matmul", "__matmul__", "bmm", "baddbmm", "einsum")
+
+
 class _Watch(TorchFunctionMode):
-    """Sees SDPA of plain PyTorch and dropout, and knows which block is running."""
+    """Sees attention and dropout inside blocks, and knows which block is running."""
 
     def __init__(self, attention):
         super().__init__()
-        self.attention, self.rows, self.dropouts = attention, None, 0
+        self.attention, self.rows, self.dropouts, self.tags = attention, None, 0, None
+        self.attending, self.draws = False, 0
 
     @contextmanager
-    def inside(self, rows):
-        self.rows, self.dropouts = rows, 0
+    def inside(self, rows, hidden):
+        self.rows, self.dropouts, self.draws, self.tags = rows, 0, 0, _Tags()
+        self.tags.own[id(hidden)] = hidden
         try:
             yield
         finally:
-            self.rows = None
+            self.rows = self.tags = None
 
     def __torch_function__(self, func, _types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return self._sdpa(*args, **(kwargs or {}))
-        if func is F.dropout and self.rows is not None:
-            return self._dropout(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+            out = self._sdpa(*args, **kwargs)
+        elif self.rows is None or self.attending:
+            return func(*args, **kwargs)
+        elif func is F.dropout:
+            out = self._dropout(*args, **kwargs)
+        elif func in (torch.rand, torch.randint, torch.randperm):
+            return self._draw(func, *args, **kwargs)
+        else:
+            name = getattr(func, "__name__", "")
+            if name == "softmax":
+                out = self._softmax(func, *args, **kwargs)
+            elif name in _PRODUCTS and any(id(x) in self.tags.shares for x in args):
+                out = func(*self._with_values(name, args), **kwargs)
+            else:
+                out = func(*args, **kwargs)
+        if self.rows is not None:
+            given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            self.tags.follow(getattr(func, "__name__", ""), given, out)
+        return out
+
+    def _draw(self, func, *args, **kwargs):
+        """Numbers for no token in particular: those of the draw's number in the block."""
+        from lightning_sage.drops import numbered
+
+        self.draws += 1
+        generator = numbered(self.rows.seed, self.draws - 1, torch.device("cpu"))
+        return func(*args, **kwargs, generator=generator)
+
+    def _softmax(self, func, logits, *args, **kwargs):
+        """A softmax over the block's own keys, constant in the columns outside the rows."""
+        B, T = self.rows.weights.shape
+        if tuple(logits.shape[-2:]) != (T, T) or id(logits) not in self.tags.scores:
+            return func(logits, *args, **kwargs)
+        assert self.attention == "salient", "attention by hand is defined for 'salient' only"
+        inside = (self.rows.weights > 0).to(logits.device)[:, None, None]
+        by_sample = logits.reshape(B, -1, T, T)
+        logits = frozen_outside(by_sample, inside).view(logits.shape)
+        shares = func(logits, *args, **kwargs)
+        self.tags.shares[id(shares)] = shares
+        return shares
+
+    def _with_values(self, name, args):
+        """Arguments of a product of weights and values, these frozen."""
+        assert id(args[0]) in self.tags.shares, f"weights do not come first in {name}"
+        values, (B, T) = args[1], self.rows.weights.shape
+        inside = (self.rows.weights > 0).to(values.device)[:, None, :, None]
+        by_sample = values.reshape(B, -1, T, values.shape[-1])
+        values = frozen_outside(by_sample, inside).view(values.shape)
+        return (args[0], values, *args[2:])
 
     def _sdpa(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
         if is_causal:
@@ -133,28 +242,58 @@ class _Watch(TorchFunctionMode):
         self.dropouts += 1
         return weights * kept.view(weights.shape) / (1 - p)
 
-    def attend(self, q, k, v, mask, scale, softcap=None, dropout=0.0):
-        """Softmax attention of q [B, H, T, D] over k, v [B, G, T, D], constant outside the rows."""
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-        inside = None
+    def attend(self, q, k, v, mask, scale, dropout=0.0, **more):
+        """Attention of q [B, H, T, D] over k, v [B, G, K, D], constant outside the rows.
+
+        A mask hides where it is False, or is added; `softcap`, `position_bias` [B | 1, H, T, K] and
+        the sinks `s_aux` [H] are the keywords of transformers' attention interface.
+        """
+        # what is made of the hidden states is this block's own, as many keys as there are rows
+        own = self.rows is not None and id(k) in self.tags.own
+        self.attending = True
+        try:
+            out = self._attend(q, k, v, mask, scale, dropout, own, **more)
+        finally:
+            self.attending = False
         if self.rows is not None:
-            inside = (self.rows.weights > 0).to(q.device)[:, None, :, None]
+            self.tags.own[id(out)] = out
+        return out
+
+    def _attend(
+        self, q, k, v, mask, scale, dropout, own, softcap=None, position_bias=None, s_aux=None
+    ):
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        if own:
+            inside = self._inside(k)
             v = frozen_outside(v, inside)
             if self.attention == "full":
                 k = frozen_outside(k, inside)
         logits = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        if inside is not None and self.attention == "salient":
+        if position_bias is not None:
+            logits = logits + position_bias
+        if mask is not None and mask.dtype != torch.bool:
+            logits, mask = logits + mask, None
+        if own and self.attention == "salient":
             logits = frozen_outside(logits, inside.transpose(-1, -2))
-        return self._dropped(_softmax(logits, mask), dropout).to(v.dtype) @ v
+        return self._dropped(_softmax(logits, mask, s_aux), dropout).to(v.dtype) @ v
+
+    def _inside(self, k):
+        """The keys ``[B, 1, K, 1]`` that are in the rows, or not of this block."""
+        inside = (self.rows.weights > 0).to(k.device)
+        others = k.shape[2] - inside.shape[1]
+        return F.pad(inside, (0, others), value=True)[:, None, :, None]
 
 
-def _softmax(logits, mask):
+def _softmax(logits, mask, sinks):
+    if sinks is not None:
+        sinks = sinks.reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, sinks], dim=-1)
+        mask = mask if mask is None else F.pad(mask, (0, 1), value=True)
+        return _softmax(logits, mask, None)[..., :-1]
     if mask is None:
         return logits.softmax(-1)
-    if mask.dtype != torch.bool:
-        return (logits + mask).softmax(-1)
     # a query that may attend to nothing (padding) attends to nothing, as in SDPA: no NaN
     logits = logits.masked_fill(~mask, -math.inf).masked_fill(~mask.any(-1, keepdim=True), 0)
     return logits.softmax(-1) * mask
@@ -169,13 +308,14 @@ def _transformers_attention(watch):
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def attend(
-        module, q, k, v, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs
+        module, q, k, v, attention_mask=None, dropout=0.0, scaling=None, is_causal=None, **kwargs
     ):
-        mask = attention_mask
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        mask = attention_mask
         if mask is None and causal:
             mask = q.new_ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
-        y = watch.attend(q, k, v, mask, scaling, kwargs.get("softcap"), dropout)
+        known = {n: kwargs.get(n) for n in ("softcap", "position_bias", "s_aux")}
+        y = watch.attend(q, k, v, mask, scaling, dropout, **known)
         return y.transpose(1, 2).contiguous(), None
 
     ALL_ATTENTION_FUNCTIONS.get_interface = lambda *_args, **_kwargs: attend

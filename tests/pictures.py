@@ -103,6 +103,11 @@ TOWERS = {
     "dinov2": _classifier("dinov2", **_TOWER, mlp_ratio=2),
     "dinov2-registers": _classifier("dinov2_with_registers", **_TOWER, mlp_ratio=2),
     "beit": _classifier("beit", **_TOWER, drop_path_rate=0.0),
+    # as checkpoints are; their tables are frozen here
+    "beit-bias": _classifier("beit", **_TOWER, drop_path_rate=0.0, use_relative_position_bias=True),
+    "beit-shared-bias": _classifier(
+        "beit", **_TOWER, drop_path_rate=0.0, use_shared_relative_position_bias=True
+    ),
     "data2vec-vision": _classifier("data2vec-vision", **_TOWER, drop_path_rate=0.0),
     "clip-classes": Case("clip", "ForImageClassification", {"num_labels": 3}, _TOWER, _PAIR_TEXT),
     "siglip-classes": Case(
@@ -231,6 +236,9 @@ def _built(name, frozen_tower, lora):
             model = _with_lora(model)
         for parameter in model.parameters():
             parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    for key, parameter in model.named_parameters():
+        if key.endswith("relative_position_bias_table"):
+            parameter.requires_grad_(False)
     if frozen_tower:
         for parameter in tower_of(model).parameters():
             parameter.requires_grad_(False)

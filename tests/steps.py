@@ -40,3 +40,14 @@ def sage_step(name, model, batch, policy, **options):
 def oracle_step(name, model, batch, rows, mode, **options):
     with oracle(model, rows, mode):
         return run(name, model, batch, **options)
+
+
+def trained(model, policy=None, steps=3):
+    """A few steps of SGD on a language model; returns the installation, where there is a policy."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    installation = None if policy is None else install(model, policy)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(**zoo.make_batch("llama", seed=step)).loss.backward()
+        optimizer.step()
+    return installation

@@ -473,7 +473,7 @@ def test_other_saliencies_are_their_definition(saliency):
 
 class Positional(Rowwise):
     def forward(self, x):
-        return super().forward(x) + torch.arange(x.shape[1], dtype=x.dtype)[:, None]
+        return super().forward(x) + torch.linspace(0, 1, x.shape[1], dtype=x.dtype)[:, None]
 
 
 class Neighbourly(Rowwise):
@@ -483,7 +483,8 @@ class Neighbourly(Rowwise):
 
 class HiddenAttention(Rowwise):
     def forward(self, x):
-        return super().forward(x) + (x @ x.transpose(1, 2)).softmax(-1) @ x
+        weights = (x @ x.transpose(1, 2)).softmax(-1)
+        return super().forward(x) + torch.einsum("bij,bjc->bic", weights, x)
 
 
 class Noisy(Rowwise):
@@ -529,8 +530,8 @@ class TwoTensors(Rowwise):
         (Neighbourly, "another output than the forward"),
         (HiddenAttention, "no attention call was seen"),
         (Noisy, "draws random numbers .rand_like."),
-        (LearnedBias, "mask requires grad.*freeze it"),
-        (CrossAttention, "not self-attention"),
+        (LearnedBias, "mask of shape .* requires grad.*freeze it"),
+        (CrossAttention, "neither to their own tokens nor to the states that the block is given"),
         (SpatialDropout, "does not run along the tokens"),
         (Pooled, "not hidden states of the shape of its input"),
         (TwoTensors, "returns a second tensor"),

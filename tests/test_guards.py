@@ -69,9 +69,9 @@ def refused(reason):
     return pytest.raises(ReplayError, match=rf"block 'blocks.0' \(Block\): .*{reason}")
 
 
-@pytest.mark.parametrize("asked", ["output_router_logits", "output_attentions"])
 @pytest.mark.parametrize("where", ["keyword", "config"])
-def test_outputs_without_gradient_are_refused_in_training_alone(asked, where):
+def test_outputs_without_gradient_are_refused_in_training_alone(where):
+    asked = "output_attentions"
     fields = zoo._LLAMA | {"num_local_experts": 4, "attn_implementation": "eager"}
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**fields)).train()
     batch = zoo.make_batch("llama") | ({asked: True} if where == "keyword" else {})
@@ -95,15 +95,39 @@ def test_a_cache_is_refused_in_training_alone():
             assert rest.past_key_values.get_seq_length() == ids.shape[1]
 
 
-@pytest.mark.parametrize("kind", ["bart", "t5"])
-def test_cross_attention_is_refused(kind):
-    fields = {"vocab_size": 64, "d_model": 32, "decoder_start_token_id": 2}
-    config = transformers.AutoConfig.for_model(kind, **fields)
+def test_router_logits_that_are_not_followed_are_refused(monkeypatch):
+    fields = zoo._LLAMA | {"num_local_experts": 4}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**fields)).train()
+    monkeypatch.setattr("lightning_sage.sides._variable", lambda: None)
+    with install(model, ALL), pytest.raises(ReplayError, match=r"layers.0'.*output_router_logits"):
+        model(**zoo.make_batch("llama"), output_router_logits=True)
+
+
+def test_experts_of_limited_capacity_are_refused_though_nothing_overflows():
+    config = transformers.AutoConfig.for_model(
+        "nllb-moe", vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, num_experts=4,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, encoder_attention_heads=4, expert_capacity=64,
+        decoder_attention_heads=4, encoder_sparse_step=2, decoder_sparse_step=2,
+    )  # fmt: skip
     model = transformers.AutoModelForSeq2SeqLM.from_config(config).train()
-    policy = SagePolicy(blocks=["model.decoder.layers.*", "decoder.block.*"])
-    ids, match = torch.randint(3, 64, (3, 10)), r"block '.*decoder.*\.0' .*cross-attention"
-    with install(model, policy), pytest.raises(ReplayError, match=match):
+    ids = torch.randint(3, 64, (3, 10))
+    match = r"block '.*layers.1' .*drops tokens beyond expert_capacity=64.*strict=False"
+    with install(model, ALL), pytest.raises(ReplayError, match=match):
         model(input_ids=ids, labels=ids)
+
+
+def test_without_strict_a_block_that_cannot_be_replayed_is_left_dense():
+    """Exactly: its gradient is the dense one, with a warning that names it and the reason."""
+    mixing = Block(lambda self, x: x + self.out(x.roll(1, 1)))
+    model, x = Stack(Block(), mixing, Block()), rows()
+    dense = train(model, x)
+    with install(model, NAMED, strict=False) as installed:
+        with pytest.warns(UserWarning, match=r"left dense: block 'blocks.1' \(Block\): .*another"):
+            train(model, x)
+        again = train(model, x)
+        assert list(installed.refused) == ["blocks.1"]
+        assert [record.name for record in installed.records] == ["blocks.0", "blocks.2"]
+    assert_gradients_close(again, dense, 1e-12)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -220,12 +244,22 @@ def test_what_a_replay_cannot_repeat_is_refused_by_name(reason):
 @pytest.mark.parametrize("batch", [1, 2, 8], ids="B{}".format)
 def test_one_special_token_is_refused(place, batch, dtype):
     def special(self, x):
-        one = torch.arange(x.shape[1]) == (0 if place == "first" else x.shape[1] - 1)
-        return x + one[:, None] * self.out(x)
+        one = torch.zeros(x.shape[1], 1)
+        one[0 if place == "first" else -1] = 1
+        return x + one * self.out(x)
 
     model = Stack(Block(special)).to(dtype)
     with install(model, NAMED), refused("another output"):
         model(rows(batch, 64).to(dtype))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8], ids="B{}".format)
+def test_a_block_that_counts_its_tokens_from_the_end_is_refused(batch):
+    def from_the_end(self, x):
+        return x + (torch.arange(x.shape[1]) == x.shape[1] - 1)[:, None] * self.out(x)
+
+    with install(model := Stack(Block(from_the_end)), NAMED), refused("another output"):
+        model(rows(batch, 64))
 
 
 def test_a_check_passed_or_not_leaves_buffers_as_they_were():

@@ -63,19 +63,21 @@ class How(NamedTuple):
     dropout: Dropout | None = None
 
 
-def weights_dropout(rows: Tensor, columns: Tensor, dropout: Dropout) -> Tensor:
+def weights_dropout(rows: Tensor, columns: Tensor, dropout: Dropout, dtype: torch.dtype) -> Tensor:
     """Factors of attention weights: 0, or 1 / (1 - p).
 
     Args:
         rows: ``[..., N]`` int64, number ``(b * H + h) * T + i`` of each query in each head.
         columns: ``[..., N | 1, M]`` int64, tokens of the keys.
         dropout: What is drawn.
+        dtype: Of the result.
 
     Returns:
-        ``[..., N, M]`` float32.
+        ``[..., N, M]``.
     """
     bits = row_bits(dropout.seed, dropout.call, rows)[..., None]
-    return kept(bits, columns.to(torch.int32), dropout.p) / max(1 - dropout.p, 1e-30)
+    factors = kept(bits, columns.to(torch.int32), dropout.p).to(dtype)
+    return factors.div_(max(1 - dropout.p, 1e-30))
 
 
 @_exactly
@@ -343,4 +345,5 @@ class _Rule(NamedTuple):
         samples = torch.arange(self.group.samples.start, self.group.samples.stop)
         heads = samples.to(weights.device)[:, None] * H + torch.arange(H, device=weights.device)
         rows = heads[:, :, None] * T + self.tokens[:, None]
-        return weights * weights_dropout(rows, self.columns[:, None, None], self.how.dropout)
+        columns = self.columns[:, None, None]
+        return weights * weights_dropout(rows, columns, self.how.dropout, weights.dtype)
