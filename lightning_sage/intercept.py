@@ -187,16 +187,14 @@ class Tap(TorchFunctionMode):
                 # F.scaled_dot_product_attention follows, perhaps with repeated keys
                 self._shown = query, key, value
                 return function(module, query, key, value, *args, **kwargs)
-            mask = args[0] if args else kwargs.get("attention_mask")
-            flash = FlashMask.of(name, module, query, mask, kwargs)
-            return self._eager(function, flash, module, query, key, value, *args, **kwargs)
+            return self._eager(name, function, module, query, key, value, *args, **kwargs)
 
         return seen
 
     def _eager(
         self,
+        name: str,
         function: Callable[..., Any],
-        flash: FlashMask | None,
         module: nn.Module,
         query: Tensor,
         key: Tensor,
@@ -220,7 +218,7 @@ class Tap(TorchFunctionMode):
                 self._inside = False
             return out.transpose(1, 2)
 
-        mask = None
+        flash, mask = FlashMask.of(name, module, query, attention_mask, kwargs), None
         if attention_mask is not None and flash is None:
             mask = attention_mask[..., : key.shape[2]]
         call = AttentionCall(

@@ -69,7 +69,7 @@ MAY_IMPORT = {
     "facts": {"torch", "ops"},
     "saliency": {"torch", "facts", "seen"},
     "loss_rows": {"torch"},
-    "requests": set(),
+    "requests": {"torch"},
     "sides": {"torch", "axes"},
     "session": {
         "torch", "balance", "drops", "facts", "flash", "loss_rows", "masks", "ops", "policy",
@@ -158,8 +158,9 @@ MAY_IMPORT = {
     "estimate/fakes": {"torch"},
     "estimate/ledger": {"torch"},
     "estimate/rehearsal": {
-        "torch", "arguments", "cache", "drops", "intercept", "job", "masks", "ops", "packing",
-        "policy", "replay", "seen", "selections", "session", "estimate/fakes", "estimate/ledger",
+        "torch", "arguments", "cache", "drops", "flash", "intercept", "job", "masks", "ops",
+        "packing", "policy", "replay", "seen", "selections", "session", "estimate/fakes",
+        "estimate/ledger",
     },
     "estimate/footprint": {
         "torch", "arguments", "discovery", "job", "policy", "session", "estimate/fakes",
