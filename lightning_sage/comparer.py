@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_sage.attention_call import AttentionCall
 from lightning_sage.axes import Axis, ReplayError, packed_argument
 from lightning_sage.follow import Weights
-from lightning_sage.intercept import AttentionCall
 from lightning_sage.ops import Rows, Sight, reference
 from lightning_sage.replay import Replayer
 from lightning_sage.seen import Kept, Seen, Written, rows_at, with_sinks

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from lightning_sage import ops
+from lightning_sage.attention_call import AttentionCall
 from lightning_sage.axes import ReplayError
 from lightning_sage.drops import Drops, Seed
 from lightning_sage.flash import FlashMask
 from lightning_sage.follow import Weights
-from lightning_sage.intercept import AttentionCall
 from lightning_sage.ops import Rows, Sight, Visibility, packed
 from lightning_sage.seen import Kept, Seen, Written, rows_at, with_sinks
 from lightning_sage.sparse import LogitsAttention, SparseAttention, from_rows, key_rows, logits_of
@@ -249,9 +249,8 @@ class Replayer(Drops):
                 )
             dropped = self.weights_dropped(call.dropout)
             keys = key_rows(kept, self.rows)
-            found = LogitsAttention.apply(
-                logits_of(call), call.v, out, lse, self.rows, keys, dropped
-            )
+            v = call.v.repeat_interleave(width[0] // call.v.shape[1], dim=1)
+            found = LogitsAttention.apply(logits_of(call), v, out, lse, self.rows, keys, dropped)
             return found
         found = SparseAttention.apply(
             call.q, call.k, call.v, out, lse, call.sinks, kept, self.rows, self.how(call)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_sage import ops
+from lightning_sage.attention_call import AttentionCall
 from lightning_sage.axes import ReplayError
 from lightning_sage.follow import Weights
-from lightning_sage.intercept import AttentionCall
 from lightning_sage.ops import How, Rows, Sight, Visibility, packed
 from lightning_sage.packing import Stored, store
 

@@ -88,6 +88,7 @@ class Session:
         self.probe: Probe | None = None
         self.force_check = False
         self.strict = True
+        self.told_of_padding = False
         self.measure_dense = False
         self.dense_bytes: dict[tuple[int, int], int] = {}
         self.skip_rows: tuple[Tensor, Rows] | None

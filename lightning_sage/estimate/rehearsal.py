@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from lightning_sage.arguments import Arguments
+from lightning_sage.attention_call import AttentionCall
 from lightning_sage.cache import SparseCache
 from lightning_sage.drops import Seed
 from lightning_sage.estimate.fakes import Known
 from lightning_sage.estimate.ledger import Ledger
 from lightning_sage.flash import FlashMask
-from lightning_sage.intercept import AttentionCall, Tap
+from lightning_sage.intercept import Tap
 from lightning_sage.job import Surroundings
 from lightning_sage.masks import visibility
 from lightning_sage.ops import Rows, Visibility, wide
