@@ -97,6 +97,11 @@ class Recorder(Drops):
                 f"attention of queries {list(call.q.shape)} is not over its {self.rows.B} samples "
                 f"of {self.rows.T} tokens: is the batch not first (batch_first=False)?"
             )
+        if call.mask is not None and call.mask.shape[1] not in (1, call.q.shape[1]):
+            raise ReplayError(
+                f"its attention of {call.q.shape[1]} heads has a mask for {call.mask.shape[1]}, "
+                "which is not one for all nor one for each: leave it dense with dense_blocks"
+            )
         crosses = self.crosses(call.k.shape[2])
         visible = self.see(call.flash or call.mask, call.causal, crosses)
         how = self.how(call)

@@ -92,9 +92,10 @@ def _sparse(forward, calls, watch):
             kwargs["hidden_states"] = frozen
         with watch.inside(rows, frozen):
             output = forward(*args, **kwargs)
-        first = output[0] if isinstance(output, tuple) else output
+        several = isinstance(output, tuple | list)
+        first = output[0] if several else output
         first = _identity_outside(hidden, first, weights.to(first.dtype)[..., None])
-        return (first, *output[1:]) if isinstance(output, tuple) else first
+        return type(output)([first, *output[1:]]) if several else first
 
     return sparse
 

@@ -275,7 +275,8 @@ def _frozen_rows(block, kept):
 
     stack = ExitStack()
     watch = _Watch("salient")
-    block.forward = _sparse(block.forward, Rows("0", kept.double()), watch).__get__(block)
+    calls = itertools.cycle([Rows("0", kept.double())])
+    block.forward = _sparse(block.forward, calls, watch).__get__(block)
     stack.callback(lambda: block.__dict__.pop("forward"))
     stack.enter_context(watch)
     return stack

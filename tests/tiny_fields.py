@@ -22,10 +22,10 @@ _DEBERTA = {
     "pos_att_type": ["p2c", "c2p"],
     "max_relative_positions": 16,
 }
-_FOUR_BLOCKS = {
+_SIX_BLOCKS = {
     "num_kv_shared_layers": 2,
-    "num_hidden_layers": 4,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
 }
 
 # by model type, or by task and model type: fields; "_default" lists those left at their default
@@ -244,8 +244,8 @@ VARIANTS = {
     "deberta-v2@plain": {"relative_attention": False},
     "falcon@alibi": {"alibi": True},
     "falcon@new_decoder": {"new_decoder_architecture": True, "num_kv_heads": KEY_HEADS},
-    "gemma3n_text@kvshare": _FOUR_BLOCKS,
-    "gemma4_text@kvshare": _FOUR_BLOCKS,
+    "gemma3n_text@kvshare": _SIX_BLOCKS,
+    "gemma4_text@kvshare": _SIX_BLOCKS,
     "gpt2@upcast": {"reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True},
     "llama4_text@no_tuning": {"attn_temperature_tuning": False},
     "llama@tp": {"pretraining_tp": 1, "attention_bias": True, "mlp_bias": True},
