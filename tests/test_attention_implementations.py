@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import zoo
 from accuracy import assert_gradients_close, parameter_gradients
 from lightning_sage import AllTokens, ReplayError, install
-from lightning_sage.flash import FlashMask
+from lightning_sage.engine.flash import FlashMask
 from oracle import oracle, replayed
 from steps import policy_of
 

@@ -98,7 +98,7 @@ def test_a_cache_is_refused_in_training_alone():
 def test_router_logits_that_are_not_followed_are_refused(monkeypatch):
     fields = zoo._LLAMA | {"num_local_experts": 4}
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**fields)).train()
-    monkeypatch.setattr("lightning_sage.sides._variable", lambda: None)
+    monkeypatch.setattr("lightning_sage.engine.sides._variable", lambda: None)
     with install(model, ALL), pytest.raises(ReplayError, match=r"layers.0'.*output_router_logits"):
         model(**zoo.make_batch("llama"), output_router_logits=True)
 

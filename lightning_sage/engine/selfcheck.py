@@ -17,21 +17,21 @@ import torch
 from torch import Tensor
 
 from lightning_sage import ops
-from lightning_sage.axes import ReplayError
 from lightning_sage.buffers import buffers_kept, random_state_kept
-from lightning_sage.comparer import Comparer, NeedsPairs, norms, random_numbers
-from lightning_sage.dense_bytes import dense_bytes
-from lightning_sage.drops import Seed
-from lightning_sage.facts import Facts
-from lightning_sage.intercept import Tap
+from lightning_sage.engine.comparer import Comparer, NeedsPairs, norms, random_numbers
+from lightning_sage.engine.dense_bytes import dense_bytes
+from lightning_sage.engine.drops import Seed
+from lightning_sage.engine.facts import Facts
+from lightning_sage.engine.intercept import Tap
+from lightning_sage.engine.replay import Crossing, Replayer
+from lightning_sage.engine.seen import BY_HAND, Seen, Written
+from lightning_sage.engine.sides import unheard
+from lightning_sage.engine.wrapped import Learned
+from lightning_sage.errors import ReplayError
 from lightning_sage.ops import Rows
-from lightning_sage.replay import Crossing, Replayer
-from lightning_sage.seen import BY_HAND, Seen, Written
-from lightning_sage.sides import unheard
-from lightning_sage.wrapped import Learned
 
 if TYPE_CHECKING:
-    from lightning_sage.job import Job
+    from lightning_sage.engine.job import Job
 
 # rows of a sample that are compared
 ROWS = 16

@@ -13,14 +13,20 @@ import torch
 from torch import Tensor
 
 from lightning_sage import ops
-from lightning_sage.attention_call import AttentionCall
-from lightning_sage.axes import ReplayError
-from lightning_sage.drops import Drops, Seed
-from lightning_sage.flash import FlashMask
-from lightning_sage.follow import Weights
+from lightning_sage.engine.attention_call import AttentionCall
+from lightning_sage.engine.drops import Drops, Seed
+from lightning_sage.engine.flash import FlashMask
+from lightning_sage.engine.follow import Weights
+from lightning_sage.engine.seen import Kept, Seen, Written, rows_at, with_sinks
+from lightning_sage.engine.sparse import (
+    LogitsAttention,
+    SparseAttention,
+    from_rows,
+    key_rows,
+    logits_of,
+)
+from lightning_sage.errors import ReplayError
 from lightning_sage.ops import Rows, Sight, Visibility, packed
-from lightning_sage.seen import Kept, Seen, Written, rows_at, with_sinks
-from lightning_sage.sparse import LogitsAttention, SparseAttention, from_rows, key_rows, logits_of
 
 # what a mask and a flag for causal order mean for the batch under way, of pairs with its own tokens
 # or with those of another sequence

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_sage.axes import ReplayError
-from lightning_sage.flash import FlashMask
+from lightning_sage.engine.flash import FlashMask
+from lightning_sage.errors import ReplayError
 
 
 @dataclass

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from lightning_sage import ops
 from lightning_sage.balance import fit_replayed, least
-from lightning_sage.cache import SparseCache
-from lightning_sage.job import Job
+from lightning_sage.engine.cache import SparseCache
+from lightning_sage.engine.job import Job
+from lightning_sage.engine.replay import Replayer
+from lightning_sage.engine.session import REPLAY_STREAM
+from lightning_sage.engine.wrapped import hooks_off
 from lightning_sage.ops import Rows
-from lightning_sage.replay import Replayer
 from lightning_sage.selections import Selection
-from lightning_sage.session import REPLAY_STREAM
-from lightning_sage.wrapped import hooks_off
 
 
 class _Part(NamedTuple):

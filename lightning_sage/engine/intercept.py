@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_sage.attention_call import AttentionCall, biased
-from lightning_sage.flash import FlashMask
-from lightning_sage.follow import Follower, Weigher
-from lightning_sage.positions import COUNTING, counted
-from lightning_sage.torch_attention import FORWARD, multi_head_attention
+from lightning_sage.engine.attention_call import AttentionCall, biased
+from lightning_sage.engine.flash import FlashMask
+from lightning_sage.engine.follow import Follower, Weigher
+from lightning_sage.engine.positions import COUNTING, counted
+from lightning_sage.engine.torch_attention import FORWARD, multi_head_attention
 
 
 class Handler(Weigher, Protocol):
