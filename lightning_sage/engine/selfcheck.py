@@ -115,10 +115,8 @@ def _compare(job: Job, hidden: Tensor) -> bool:
     while True:
         try:
             _compare_replay(job, *given, rows)
-            _compare_replay(job, *given, _few(rows))
-            if job.learned.positional:
-                # the places that were left out: a block may count from the end, or to it
-                _compare_replay(job, *given, Rows.of(_half(facts.valid, ends=True)))
+            for others in _more(job, out, facts.valid, rows):
+                _compare_replay(job, *given, others)
             return True
         except NeedsPairs:
             job.learn(replace(job.learned, pairs=True))
@@ -268,6 +266,19 @@ def _watching(found: list[str], called: set[str], device: torch.device) -> type[
 def _generators(device: torch.device) -> list[Tensor]:
     cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
     return [torch.get_rng_state(), *cuda]
+
+
+def _more(job: Job, out: Tensor, valid: Tensor, rows: Rows) -> Iterator[Rows]:
+    """Other rows to compare, once `rows` were the same."""
+    # some blocks look at how many rows there are
+    found = [_few(rows)]
+    if job.learned.positional:
+        # the places that were left out: a block may count from the end, or to it
+        found.append(Rows.of(_half(valid, ends=True)))
+    for others in found:
+        # parts that are sharded by themselves are gathered by all ranks at the same time
+        if not job.wrapped.nested and bool(_finite(out, others).any()):
+            yield others
 
 
 def _few(rows: Rows) -> Rows:
