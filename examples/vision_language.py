@@ -321,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = auto_cli(Command, as_positional=False, args=arguments)
     tokens = (command.piece // 8) ** 2
     about = {k: v for k, v in asdict(command).items() if k not in ("seeds", "out")}
-    about |= {"image tokens": tokens, "text tokens": 5} | circumstances("cpu")
+    about |= {"image tokens": tokens, "text tokens": 4} | circumstances("cpu")
     trained, module, base = [], None, pretrained(command)
     rows = truth(command, base)
     write([row | about for row in rows], Path(command.out))

@@ -1,7 +1,7 @@
 """Saliency-guided sparse backward passes for fine-tuning transformers with Lightning."""
 
-from lightning_sage.axes import ReplayError as ReplayError
 from lightning_sage.callback import SageCallback as SageCallback
+from lightning_sage.errors import ReplayError as ReplayError
 from lightning_sage.install import Installation as Installation
 from lightning_sage.install import install as install
 from lightning_sage.install import uninstall as uninstall

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_sage.axes import ReplayError
+from lightning_sage.errors import ReplayError
 from lightning_sage.resume import place
 from lightning_sage.selections import Chosen, Selection, gradient_scores, ranked, share, top
 from lightning_sage.tokens import Window

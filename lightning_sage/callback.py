@@ -52,6 +52,7 @@ class SageCallback(Callback):
         check_gradients: Check at the first step that every trainable parameter of a block that
             was replayed got a gradient; switch it off where experts may go without tokens.
         allow_untested: Try what is known not to go with SAGE, or not known to, with a warning.
+        strict: Whether a block that cannot be replayed ends the fit; else it is left dense.
 
     Attributes:
         agreement: What ranks tell one another, given by a strategy of this package.
@@ -85,6 +86,7 @@ class SageCallback(Callback):
         print_summary: bool = True,
         check_gradients: bool = True,
         allow_untested: bool = False,
+        strict: bool = True,
     ) -> None:
         super().__init__()
         if policy is None:
@@ -99,8 +101,8 @@ class SageCallback(Callback):
             measure_dense,
             print_summary,
         )
-        self.policy = policy
-        self.check_gradients, self.allow_untested = check_gradients, allow_untested
+        self.policy, self.check_gradients = policy, check_gradients
+        self.allow_untested, self.strict = allow_untested, strict
         self.agreement: Agreement | None = None
         self.installation: Installation | None = None
         self._device = torch.device("cpu")
@@ -109,9 +111,7 @@ class SageCallback(Callback):
 
     def _start_fit(self) -> None:
         self._watch = Watch(self.settings)
-        self._in_batch = False
-        self._mode_checked = False
-        self._gradients_checked = False
+        self._in_batch = self._mode_checked = self._gradients_checked = False
 
     @property
     def meters(self) -> Meters | None:
@@ -153,12 +153,12 @@ class SageCallback(Callback):
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install, in place of what was installed before."""
         self.detach()
-        measure_dense = self.settings.measure_dense and not trainer.barebones
         self.installation = install(
             pl_module,
             self.policy,
-            measure_dense=measure_dense,
+            measure_dense=self.settings.measure_dense and not trainer.barebones,
             allow_untested=self._allows_untested(trainer),
+            strict=self.strict,
         )
         self.installation.agreement = self.agreement
         self.installation.policy = self._watch.steering.policy

@@ -13,15 +13,15 @@ import torch
 from torch import nn
 
 from lightning_sage import adapters, sharding
-from lightning_sage.axes import ReplayError
 from lightning_sage.balance import Agreement
-from lightning_sage.block import sparse_forward
 from lightning_sage.buffers import buffers_kept
 from lightning_sage.discovery import find_blocks, tell_of_left_dense
+from lightning_sage.engine.block import sparse_forward
+from lightning_sage.engine.session import Session
+from lightning_sage.engine.wrapped import ATTRIBUTE, Wrapped
+from lightning_sage.errors import ReplayError
 from lightning_sage.policy import SagePolicy
 from lightning_sage.records import BlockRecord
-from lightning_sage.session import Session
-from lightning_sage.wrapped import ATTRIBUTE, Wrapped
 
 
 class Installation:

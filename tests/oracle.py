@@ -187,7 +187,7 @@ class _Watch(TorchFunctionMode):
 
     def _draw(self, func, *args, **kwargs):
         """Numbers for no token in particular: those of the draw's number in the block."""
-        from lightning_sage.drops import numbered
+        from lightning_sage.engine.drops import numbered
 
         self.draws += 1
         generator = numbered(self.rows.seed, self.draws - 1, torch.device("cpu"))

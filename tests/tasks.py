@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_sage import SagePolicy
-from lightning_sage.wrapped import ATTRIBUTE
+from lightning_sage.engine.wrapped import ATTRIBUTE
 from zoo import build, make_batch
 
 LIGHTNING_WARNINGS = [

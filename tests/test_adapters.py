@@ -13,8 +13,8 @@ import snippets
 import zoo
 from accuracy import assert_gradients_close, relative_error
 from lightning_sage import AllTokens, SagePolicy, TopMass, adapters, install
-from lightning_sage.axes import ReplayError
-from lightning_sage.wrapped import ATTRIBUTE
+from lightning_sage.engine.wrapped import ATTRIBUTE
+from lightning_sage.errors import ReplayError
 from steps import oracle_step, policy_of, run, trained
 
 pytestmark = [

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import lightning_sage.block
+import lightning_sage.engine.block
 import zoo
 from accuracy import assert_gradients_close, loss_and_gradients, parameter_gradients
 from lightning_sage import (
@@ -87,7 +87,7 @@ def test_importance_sampling_is_unbiased(kind, where, x, weight, monkeypatch):
     policy = SagePolicy(**choice, saliency="value_norm", sinks=1, blocks=["blocks.*"])
     monkeypatch.setattr(ImportanceSampling, "needs_scores", False)
     number = 0.0
-    draw = lightning_sage.block.ops.uniform
+    draw = lightning_sage.engine.block.ops.uniform
 
     def chosen(seed, stream, rows):
         return (
@@ -96,7 +96,7 @@ def test_importance_sampling_is_unbiased(kind, where, x, weight, monkeypatch):
             else draw(seed, stream, rows)
         )
 
-    monkeypatch.setattr(lightning_sage.block.ops, "uniform", chosen)
+    monkeypatch.setattr(lightning_sage.engine.block.ops, "uniform", chosen)
     with install(model, policy) as installed:
         backward(model, x, weight)
         p = _inclusion_probabilities(installed.records[0], sampling, weight, where)
@@ -275,7 +275,8 @@ def _frozen_rows(block, kept):
 
     stack = ExitStack()
     watch = _Watch("salient")
-    block.forward = _sparse(block.forward, Rows("0", kept.double()), watch).__get__(block)
+    calls = itertools.cycle([Rows("0", kept.double())])
+    block.forward = _sparse(block.forward, calls, watch).__get__(block)
     stack.callback(lambda: block.__dict__.pop("forward"))
     stack.enter_context(watch)
     return stack

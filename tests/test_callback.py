@@ -187,6 +187,23 @@ def test_no_block_is_an_error_before_training():
     assert traces(task.model) == before
 
 
+def test_without_strict_a_block_that_cannot_be_replayed_trains_densely(monkeypatch):
+    """By name, at the first step; the other blocks train sparsely, and nothing stays behind."""
+    task, true, found = Task(llama()), LlamaMLP.forward, []
+    first = task.model.model.layers[0].mlp
+    monkeypatch.setattr(first, "forward", lambda x: true(first, x.roll(1, 1)))
+    before = traces(task.model)
+
+    def look(trainer, _):
+        installation = trainer.callbacks[0].installation
+        found.append((list(installation.refused), len(installation.records)))
+
+    with pytest.warns(UserWarning, match=r"left dense: block 'model.model.layers.0' .*another"):
+        fit(task, SageCallback(SagePolicy(keep=0.5), strict=False), Witness(look))
+    assert found == [(["model.model.layers.0"], 1)] * 4
+    assert traces(task.model) == before
+
+
 def test_a_second_installation_is_an_error():
     task = Task(llama())
     # Lightning's own words: the state of one would overwrite the other's in a checkpoint

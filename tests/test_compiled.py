@@ -9,12 +9,14 @@ from torch._dynamo.utils import counters
 
 import zoo
 from accuracy import assert_gradients_close, parameter_gradients
-from lightning_sage import AllTokens, install
+from lightning_sage import AllTokens, SageCallback, install
 from oracle import replayed
 from steps import oracle_step, policy_of, told_blocks
+from tasks import LIGHTNING_WARNINGS, Task, fit
 
 # dynamo's own, of what it traces: it hides the second itself, but where warnings are errors
 pytestmark = [
+    *LIGHTNING_WARNINGS,
     pytest.mark.filterwarnings("ignore:Dynamo (does not know|detected):UserWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
     # inductor, as it is imported
@@ -85,8 +87,11 @@ def gradients_of(model, called, batch):
     """Gradients by the names of the model that is not compiled."""
     model.zero_grad(set_to_none=True)
     called(**batch).loss.backward()
-    found = parameter_gradients(model)
-    return {name.replace("_orig_mod.", ""): gradient for name, gradient in found.items()}
+    return without_prefix(parameter_gradients(model))
+
+
+def without_prefix(named):
+    return {name.replace("_orig_mod.", ""): x for name, x in named.items()}
 
 
 def without_inputs(gradients):
@@ -138,7 +143,7 @@ def test_the_model_is_compiled_around_its_blocks():
 
 
 @over_hows
-@over_names
+@pytest.mark.parametrize("name", ["llama", "plain"])
 def test_kept_counts_compile_nothing_anew(name, how):
     policy, padding = policy_of(keep=0.2), zoo.MODELS[name].paddings[0]
     model, called, installation = prepared(name, how, "compiled first", policy)
@@ -207,6 +212,37 @@ def test_compiled_by_the_backend_that_users_have():
     )
     with installation:
         assert_gradients_close(gradients_of(model, called, batch), expected, 1e-6)
+
+
+class Compiling(Task):
+    """Compiles in `configure_model`."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def configure_model(self):
+        if self.model is None:
+            self.model = self.how(zoo.build("llama", dtype=torch.float32), "eager")
+
+
+@pytest.mark.parametrize("how", [whole, in_place, each_block, each_replaced])
+def test_a_fit_with_a_model_compiled_in_configure_model(how):
+    """The same weights as a fit with the same rows of a model that is not compiled."""
+    policy, weights = policy_of(keep=0.4), []
+    for task in (Compiling(how), Task(zoo.build("llama", dtype=torch.float32))):
+        fit(task, SageCallback(policy))
+        weights.append(without_prefix(dict(task.model.named_parameters())))
+    assert_gradients_close(*weights, 1e-6)
+
+
+def test_a_fit_of_a_compiled_module():
+    policy, weights = policy_of(keep=0.4), []
+    for compiled in (True, False):
+        task = Task(zoo.build("llama", dtype=torch.float32))
+        fit(torch.compile(task, backend="eager") if compiled else task, SageCallback(policy))
+        weights.append(dict(task.model.named_parameters()))
+    assert_gradients_close(*weights, 1e-6)
 
 
 def test_removed_and_copied():

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import matrix
-from lightning_sage.axes import Axis, axis_of
-from lightning_sage.intercept import AttentionCall
+from lightning_sage.engine.attention_call import AttentionCall
+from lightning_sage.engine.axes import Axis, axis_of
 
 # by task: every adaptation, every kind of input, the types that most people fine-tune
 REPRESENTATIVES = {

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import sights
-from lightning_sage import masks
-from lightning_sage.masks import visibility
+from lightning_sage.engine import masks
+from lightning_sage.engine.masks import visibility
 from lightning_sage.ops import How, Rows, Sight, Visibility, reference
 
 B, T = 3, 11

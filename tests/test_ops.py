@@ -8,7 +8,8 @@ import torch
 
 import sights
 from accuracy import Largest, assert_as_accurate, sqnr_db
-from lightning_sage import ops, packing
+from lightning_sage import ops
+from lightning_sage.engine import packing
 from lightning_sage.ops import Dropout, How, Rows, Sight, Visibility, reference, stock
 from lightning_sage.ops.sight import positions
 

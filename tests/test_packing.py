@@ -6,9 +6,9 @@ import torch
 import zoo
 from accuracy import assert_gradients_close, cosine, loss_and_gradients
 from lightning_sage import AllTokens, SagePolicy, install
+from lightning_sage.engine.packing import Stored, store
 from lightning_sage.memory import saved_bytes
 from lightning_sage.ops import Rows
-from lightning_sage.packing import Stored, store
 from oracle import oracle, replayed
 from steps import policy_of
 
@@ -61,7 +61,7 @@ def test_an_outlier_costs_its_neighbours_only(cache_dtype):
 
 def _whole_rows(x, cache_dtype):
     from lightning_sage import ops
-    from lightning_sage.packing import DTYPES
+    from lightning_sage.engine.packing import DTYPES
 
     return ops.pack_rows(x.unsqueeze(2), torch.arange(4), DTYPES[cache_dtype])
 

@@ -9,8 +9,8 @@ from torchmetrics import MeanMetric
 import zoo
 from accuracy import assert_gradients_close, parameter_gradients, relative_error
 from lightning_sage import AllTokens, ImportanceSampling, RandomTokens, SagePolicy, install
+from lightning_sage.engine.wrapped import Parts
 from lightning_sage.watch.probe import block_gradients, undisturbed
-from lightning_sage.wrapped import Parts
 from steps import told_blocks
 
 NAMES = ["llama", "gpt2", "gemma3", "bert", "modernbert", "plain"]

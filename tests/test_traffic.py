@@ -23,8 +23,8 @@ from lightning_sage import (
     masks,
     ops,
 )
+from lightning_sage.engine.replay import Seed
 from lightning_sage.ops.reference import attention
-from lightning_sage.replay import Seed
 from syncs import syncs
 
 FIXED = {

@@ -22,8 +22,8 @@ from lightning_sage import (
     install,
 )
 from lightning_sage.discovery import left_dense
-from lightning_sage.session import Session
-from lightning_sage.towers import handed_on
+from lightning_sage.engine.session import Session
+from lightning_sage.engine.towers import handed_on
 from oracle import oracle, replayed
 from pictures import LANGUAGE, MODELS, PATCHES, SIZE, TOWERS
 from steps import policy_of

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sage.arguments import Arguments
 from lightning_sage.discovery import find_blocks
+from lightning_sage.engine.arguments import Arguments
+from lightning_sage.engine.job import Surroundings
+from lightning_sage.engine.session import Session
 from lightning_sage.estimate.fakes import Known
 from lightning_sage.estimate.ledger import Ledger
 from lightning_sage.estimate.rehearsal import Rehearsal
-from lightning_sage.job import Surroundings
 from lightning_sage.policy import SagePolicy
-from lightning_sage.session import Session
 
 DENSE, CHECKPOINTING = "dense", "checkpointing"
 

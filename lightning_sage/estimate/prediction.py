@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from lightning_sage.axes import ReplayError
+from lightning_sage.errors import ReplayError
 from lightning_sage.estimate.fakes import without_memory
 from lightning_sage.estimate.footprint import CHECKPOINTING, DENSE, Activations, Watch
 from lightning_sage.estimate.largest import largest_each

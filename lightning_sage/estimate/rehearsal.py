@@ -8,22 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sage.arguments import Arguments
-from lightning_sage.cache import SparseCache
-from lightning_sage.drops import Seed
+from lightning_sage.engine.arguments import Arguments
+from lightning_sage.engine.attention_call import AttentionCall
+from lightning_sage.engine.cache import SparseCache
+from lightning_sage.engine.drops import Seed
+from lightning_sage.engine.flash import FlashMask
+from lightning_sage.engine.intercept import Tap
+from lightning_sage.engine.job import Surroundings
+from lightning_sage.engine.masks import visibility
+from lightning_sage.engine.packing import store
+from lightning_sage.engine.replay import Crossing, Recorder, Replayer
+from lightning_sage.engine.seen import Seen, Written
+from lightning_sage.engine.session import Session
 from lightning_sage.estimate.fakes import Known
 from lightning_sage.estimate.ledger import Ledger
-from lightning_sage.flash import FlashMask
-from lightning_sage.intercept import AttentionCall, Tap
-from lightning_sage.job import Surroundings
-from lightning_sage.masks import visibility
 from lightning_sage.ops import Rows, Visibility, wide
-from lightning_sage.packing import store
 from lightning_sage.policy import SagePolicy
-from lightning_sage.replay import Crossing, Recorder, Replayer
-from lightning_sage.seen import Seen, Written
 from lightning_sage.selections import share
-from lightning_sage.session import Session
 
 
 class _Watcher(Recorder):
@@ -115,7 +116,7 @@ class Rehearsal:
     def cache(
         self, name: str, policy: SagePolicy, seen: list[Seen | Written], arguments: Arguments
     ) -> SparseCache:
-        """What the block would hold, as :mod:`lightning_sage.block` makes it."""
+        """What the block would hold, as :mod:`lightning_sage.engine.block` makes it."""
         hidden = arguments.leaves[arguments.hidden]
         B, T, _ = hidden.shape
         count, drawn = self._count(name, policy, seen, hidden)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from lightning_sage.engine.wrapped import ATTRIBUTE
 from lightning_sage.estimate.fakes import Known, fake_copy, lifted
 from lightning_sage.models import CausalLM, HuggingFaceModule
-from lightning_sage.wrapped import ATTRIBUTE
 
 CPU = torch.device("cpu")
 # Trainer's names: dtype of autocast, dtype of the weights

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_sage.buffers import buffers_undo
+from lightning_sage.engine.session import Probe
+from lightning_sage.engine.wrapped import ATTRIBUTE, hooks_off
 from lightning_sage.install import Installation
 from lightning_sage.policy import SagePolicy
 from lightning_sage.records import BlockRecord
 from lightning_sage.resume import random_states, restore_random_states
 from lightning_sage.selections import AllTokens
-from lightning_sage.session import Probe
-from lightning_sage.wrapped import ATTRIBUTE, hooks_off
 
 # by block: one gradient a trainable parameter, None where the batch does not reach it
 Gradients = dict[str, list[Tensor | None]]

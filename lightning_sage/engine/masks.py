@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lightning_sage.flash import FlashMask
+from lightning_sage.engine.flash import FlashMask
 from lightning_sage.ops import Visibility
 
 # rows of a mask looked at together: the comparison never holds another [T, T]

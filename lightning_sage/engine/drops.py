@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_sage import ops
-from lightning_sage.axes import ReplayError
-from lightning_sage.intercept import AttentionCall
+from lightning_sage.engine.attention_call import AttentionCall
+from lightning_sage.errors import ReplayError
 from lightning_sage.ops import Dropout, How, Rows
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_sage import ops
-from lightning_sage.intercept import AttentionCall
+from lightning_sage.engine.attention_call import AttentionCall
+from lightning_sage.engine.seen import Kept
 from lightning_sage.ops import Dropout, How, Rows, Sight, packed, wide
-from lightning_sage.seen import Kept
 
 
 def from_rows(x: Tensor) -> Tensor:

@@ -17,21 +17,21 @@ import torch
 from torch import Tensor
 
 from lightning_sage import ops
-from lightning_sage.axes import ReplayError
 from lightning_sage.buffers import buffers_kept, random_state_kept
-from lightning_sage.comparer import Comparer, NeedsPairs, norms, random_numbers
-from lightning_sage.dense_bytes import dense_bytes
-from lightning_sage.drops import Seed
-from lightning_sage.facts import Facts
-from lightning_sage.intercept import Tap
+from lightning_sage.engine.comparer import Comparer, NeedsPairs, norms, random_numbers
+from lightning_sage.engine.dense_bytes import dense_bytes
+from lightning_sage.engine.drops import Seed
+from lightning_sage.engine.facts import Facts
+from lightning_sage.engine.intercept import Tap
+from lightning_sage.engine.replay import Crossing, Replayer
+from lightning_sage.engine.seen import BY_HAND, Seen, Written
+from lightning_sage.engine.sides import unheard
+from lightning_sage.engine.wrapped import Learned
+from lightning_sage.errors import ReplayError
 from lightning_sage.ops import Rows
-from lightning_sage.replay import Crossing, Replayer
-from lightning_sage.seen import BY_HAND, Seen, Written
-from lightning_sage.sides import unheard
-from lightning_sage.wrapped import Learned
 
 if TYPE_CHECKING:
-    from lightning_sage.job import Job
+    from lightning_sage.engine.job import Job
 
 # rows of a sample that are compared
 ROWS = 16
@@ -97,8 +97,7 @@ def _compare(job: Job, hidden: Tensor) -> bool:
     watch += [f"{list(x)}" for x in recorder.drawn if {job.T, job.B * job.T} & set(x)]
     if watch:
         raise random_numbers(watch)
-    half = _half(facts.valid)
-    rows = Rows.of(half)
+    rows = Rows.of(_half(facts.valid))
     if not bool(_finite(out, rows).any()):
         if job.wrapped.nested:
             raise ReplayError(
@@ -116,13 +115,8 @@ def _compare(job: Job, hidden: Tensor) -> bool:
     while True:
         try:
             _compare_replay(job, *given, rows)
-            # some blocks look at how many rows there are: of one sample there may be few
-            few = Rows.of(half & (half.any(1).cumsum(0) == 1)[:, None])
-            if not job.wrapped.nested and bool(_finite(out, few).any()):
-                _compare_replay(job, *given, few)
-            if job.learned.positional:
-                # the places that were left out: a block may count from the end, or to it
-                _compare_replay(job, *given, Rows.of(_half(facts.valid, ends=True)))
+            for others in _more(job, out, facts.valid, rows):
+                _compare_replay(job, *given, others)
             return True
         except NeedsPairs:
             job.learn(replace(job.learned, pairs=True))
@@ -272,6 +266,27 @@ def _watching(found: list[str], called: set[str], device: torch.device) -> type[
 def _generators(device: torch.device) -> list[Tensor]:
     cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
     return [torch.get_rng_state(), *cuda]
+
+
+def _more(job: Job, out: Tensor, valid: Tensor, rows: Rows) -> Iterator[Rows]:
+    """Other rows to compare, once `rows` were the same."""
+    # some blocks look at how many rows there are
+    found = [_few(rows)]
+    if job.learned.positional:
+        # the places that were left out: a block may count from the end, or to it
+        found.append(Rows.of(_half(valid, ends=True)))
+    for others in found:
+        # parts that are sharded by themselves are gathered by all ranks at the same time
+        if not job.wrapped.nested and bool(_finite(out, others).any()):
+            yield others
+
+
+def _few(rows: Rows) -> Rows:
+    """Three rows, far apart in the sample that has the most: what depends on their number shows."""
+    most = int(rows.ends.diff().argmax())
+    start, stop = (int(rows.ends[most + i]) for i in (0, 1))
+    some = sorted({start, (start + stop) // 2, stop - 1})
+    return Rows(rows.index[torch.tensor(some, device=rows.index.device)], rows.B, rows.T)
 
 
 def _half(valid: Tensor, ends: bool = False) -> Tensor:

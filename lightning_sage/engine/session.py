@@ -9,20 +9,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_sage import ops, towers
+from lightning_sage import ops
 from lightning_sage.balance import Agreement, Budget, fit_kept
-from lightning_sage.drops import Seed
-from lightning_sage.facts import Facts, Judged
-from lightning_sage.flash import FlashMask
-from lightning_sage.loss_rows import Heard, loss_rows
-from lightning_sage.masks import Looks
+from lightning_sage.engine import towers
+from lightning_sage.engine.drops import Seed
+from lightning_sage.engine.facts import Facts, Judged
+from lightning_sage.engine.flash import FlashMask
+from lightning_sage.engine.loss_rows import Heard, loss_rows
+from lightning_sage.engine.masks import Looks
+from lightning_sage.engine.replay import ALONE, Crossing, Recorder
+from lightning_sage.engine.requests import asks, mask_told, refuse_cache, refuse_requests
+from lightning_sage.engine.saliency import saliency
+from lightning_sage.engine.seen import Seen, Written
 from lightning_sage.ops import Rows, Visibility
 from lightning_sage.policy import SagePolicy
 from lightning_sage.records import BlockRecord
-from lightning_sage.replay import ALONE, Crossing, Recorder
-from lightning_sage.requests import asks, mask_told, refuse_cache, refuse_requests
-from lightning_sage.saliency import saliency
-from lightning_sage.seen import Seen, Written
 from lightning_sage.selections import Chosen
 
 # draws of one seed that must not be the same numbers
@@ -88,6 +89,7 @@ class Session:
         self.probe: Probe | None = None
         self.force_check = False
         self.strict = True
+        self.told_of_padding = False
         self.measure_dense = False
         self.dense_bytes: dict[tuple[int, int], int] = {}
         self.skip_rows: tuple[Tensor, Rows] | None

@@ -13,14 +13,20 @@ import torch
 from torch import Tensor
 
 from lightning_sage import ops
-from lightning_sage.axes import ReplayError
-from lightning_sage.drops import Drops, Seed
-from lightning_sage.flash import FlashMask
-from lightning_sage.follow import Weights
-from lightning_sage.intercept import AttentionCall
+from lightning_sage.engine.attention_call import AttentionCall
+from lightning_sage.engine.drops import Drops, Seed
+from lightning_sage.engine.flash import FlashMask
+from lightning_sage.engine.follow import Weights
+from lightning_sage.engine.seen import Kept, Seen, Written, rows_at, with_sinks
+from lightning_sage.engine.sparse import (
+    LogitsAttention,
+    SparseAttention,
+    from_rows,
+    key_rows,
+    logits_of,
+)
+from lightning_sage.errors import ReplayError
 from lightning_sage.ops import Rows, Sight, Visibility, packed
-from lightning_sage.seen import Kept, Seen, Written, rows_at, with_sinks
-from lightning_sage.sparse import LogitsAttention, SparseAttention, from_rows, key_rows, logits_of
 
 # what a mask and a flag for causal order mean for the batch under way, of pairs with its own tokens
 # or with those of another sequence
@@ -96,6 +102,11 @@ class Recorder(Drops):
             raise ReplayError(
                 f"attention of queries {list(call.q.shape)} is not over its {self.rows.B} samples "
                 f"of {self.rows.T} tokens: is the batch not first (batch_first=False)?"
+            )
+        if call.mask is not None and call.mask.shape[1] not in (1, call.q.shape[1]):
+            raise ReplayError(
+                f"its attention of {call.q.shape[1]} heads has a mask for {call.mask.shape[1]}, "
+                "which is not one for all nor one for each: leave it dense with dense_blocks"
             )
         crosses = self.crosses(call.k.shape[2])
         visible = self.see(call.flash or call.mask, call.causal, crosses)
@@ -244,9 +255,8 @@ class Replayer(Drops):
                 )
             dropped = self.weights_dropped(call.dropout)
             keys = key_rows(kept, self.rows)
-            found = LogitsAttention.apply(
-                logits_of(call), call.v, out, lse, self.rows, keys, dropped
-            )
+            v = call.v.repeat_interleave(width[0] // call.v.shape[1], dim=1)
+            found = LogitsAttention.apply(logits_of(call), v, out, lse, self.rows, keys, dropped)
             return found
         found = SparseAttention.apply(
             call.q, call.k, call.v, out, lse, call.sinks, kept, self.rows, self.how(call)

@@ -9,20 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lightning_sage import ops, selfcheck, sharding
-from lightning_sage.arguments import Arguments
-from lightning_sage.axes import ReplayError
-from lightning_sage.backward import replay
-from lightning_sage.cache import SparseCache
-from lightning_sage.facts import Facts
-from lightning_sage.job import Job, Surroundings
+from lightning_sage import ops, sharding
+from lightning_sage.engine import selfcheck
+from lightning_sage.engine.arguments import Arguments
+from lightning_sage.engine.backward import replay
+from lightning_sage.engine.cache import SparseCache
+from lightning_sage.engine.facts import Facts
+from lightning_sage.engine.job import Job, Surroundings
+from lightning_sage.engine.packing import store
+from lightning_sage.engine.replay import PackedForward
+from lightning_sage.engine.seen import Kept
+from lightning_sage.engine.sides import collected
+from lightning_sage.engine.wrapped import ATTRIBUTE, Parts, Wrapped
+from lightning_sage.errors import ReplayError
 from lightning_sage.ops import Rows
-from lightning_sage.packing import store
 from lightning_sage.records import BlockRecord
-from lightning_sage.replay import PackedForward
-from lightning_sage.seen import Kept
-from lightning_sage.sides import collected
-from lightning_sage.wrapped import ATTRIBUTE, Parts, Wrapped
 
 
 def sparse_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lightning_sage.job import Job
+from lightning_sage.engine.job import Job
 from lightning_sage.memory import saved_bytes
 
 

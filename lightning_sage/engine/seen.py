@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_sage import ops
-from lightning_sage.axes import ReplayError
-from lightning_sage.follow import Weights
-from lightning_sage.intercept import AttentionCall
+from lightning_sage.engine.attention_call import AttentionCall
+from lightning_sage.engine.follow import Weights
+from lightning_sage.engine.packing import Stored, store
+from lightning_sage.errors import ReplayError
 from lightning_sage.ops import How, Rows, Sight, Visibility, packed
-from lightning_sage.packing import Stored, store
 
 BY_HAND = (
     "it writes its attention out by hand (softmax of a product), where the keys of other tokens "

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_sage.arguments import Arguments
-from lightning_sage.axes import ReplayError
 from lightning_sage.balance import Budget
 from lightning_sage.buffers import random_state_kept
-from lightning_sage.drops import Seed
-from lightning_sage.intercept import Handler, Tap
-from lightning_sage.modes import Modes
+from lightning_sage.engine.arguments import Arguments
+from lightning_sage.engine.drops import Seed
+from lightning_sage.engine.intercept import Handler, Tap
+from lightning_sage.engine.modes import Modes
+from lightning_sage.engine.replay import Crossing
+from lightning_sage.engine.sides import Sides, unheard
+from lightning_sage.engine.wrapped import Learned, Parts, Wrapped
+from lightning_sage.errors import ReplayError
 from lightning_sage.ops import Rows
 from lightning_sage.records import BlockRecord
-from lightning_sage.replay import Crossing
-from lightning_sage.sides import Sides, unheard
-from lightning_sage.wrapped import Learned, Parts, Wrapped
 
 
 class Surroundings:

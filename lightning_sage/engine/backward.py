@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -10,13 +11,13 @@ from torch import Tensor
 
 from lightning_sage import ops
 from lightning_sage.balance import fit_replayed, least
-from lightning_sage.cache import SparseCache
-from lightning_sage.job import Job
+from lightning_sage.engine.cache import SparseCache
+from lightning_sage.engine.job import Job
+from lightning_sage.engine.replay import Replayer
+from lightning_sage.engine.session import REPLAY_STREAM
+from lightning_sage.engine.wrapped import hooks_off
 from lightning_sage.ops import Rows
-from lightning_sage.replay import Replayer
 from lightning_sage.selections import Selection
-from lightning_sage.session import REPLAY_STREAM
-from lightning_sage.wrapped import hooks_off
 
 
 class _Part(NamedTuple):
@@ -126,6 +127,7 @@ def replay(
         wants: Which inputs want a gradient, hidden states first.
     """
     grad, targets = grads[0], job.trained()
+    _look_at_padding(job, grad)
     whole = _chosen_rows(job, cache, grad)
     for i in job.extra:
         leaves[i] = leaves[i].detach().requires_grad_()
@@ -149,6 +151,23 @@ def replay(
     # what comes in through the residual path is not weighted
     rows = torch.cat(through) if len(through) > 1 else through[0]
     return [ops.scatter_rows(rows, whole.rows.index, grad, whole.weights), *rest]
+
+
+def _look_at_padding(job: Job, grad: Tensor) -> None:
+    """Warn once of a loss that reaches padding: rows that are never kept would have learned."""
+    known = job.wrapped.unreached is not None or job.wrapped.nested
+    if known or job.record is None or job.session.told_of_padding:
+        return
+    padding = ~job.record.valid
+    if job.valid_count < padding.numel() and bool((grad.count_nonzero(-1) > 0)[padding].any()):
+        job.session.told_of_padding = True
+        warnings.warn(
+            f"the loss has a gradient at tokens that are padding to SAGE, behind block "
+            f"'{job.wrapped.name}': padding is never kept, so the block learns nothing from it "
+            "(does the model pool over padding, or read its last position? then pad on the other "
+            "side, or leave attention_mask out)",
+            stacklevel=2,
+        )
 
 
 def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_sage.axes import ReplayError
+from lightning_sage.errors import ReplayError
 
 _SOFTMAX = {torch.softmax, Tensor.softmax, torch.special.softmax}
 _PRODUCT = {

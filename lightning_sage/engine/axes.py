@@ -11,12 +11,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from lightning_sage.errors import ReplayError
 from lightning_sage.ops import Rows
-
-
-class ReplayError(RuntimeError):
-    """A block that cannot be replayed on some of its rows; the message names it and says why."""
-
 
 # arguments of these names are the states of another sequence, to which the block attends
 OTHERS = ("encoder_hidden_states", "cross_attention_states", "memory")

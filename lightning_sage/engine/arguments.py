@@ -10,14 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_sage.axes import (
+from lightning_sage.engine.axes import (
     OTHERS,
     Axis,
-    ReplayError,
     axis_of,
     axis_of_other,
     packed_argument,
 )
+from lightning_sage.errors import ReplayError
 from lightning_sage.ops import Rows
 
 

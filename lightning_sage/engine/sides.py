@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_sage.axes import ReplayError
+from lightning_sage.errors import ReplayError
 
 # of whole blocks, whose hooks see what SAGE returns
 _OUTSIDE = ("hidden_states", "_hidden_states_layers")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sage.axes import ReplayError
+from lightning_sage.errors import ReplayError
 from lightning_sage.ops import Visibility
 
 

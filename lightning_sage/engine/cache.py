@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_sage.engine.packing import Stored
+from lightning_sage.engine.seen import Kept
 from lightning_sage.ops import Visibility
-from lightning_sage.packing import Stored
-from lightning_sage.seen import Kept
 
 _NOTHING = (None, None)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -19,45 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_sage.axes import ReplayError
-from lightning_sage.flash import FlashMask
-from lightning_sage.follow import Follower, Weigher
-from lightning_sage.positions import COUNTING, counted
-from lightning_sage.torch_attention import FORWARD, multi_head_attention
-
-
-@dataclass
-class AttentionCall:
-    """One attention call of a block.
-
-    Attributes:
-        q: ``[B, H, T, D]``.
-        k: ``[B, G, T, D]``, not repeated.
-        v: ``[B, G, T, Dv]``, not repeated.
-        mask: bool (True attends) or additive, ``[B | 1, H | 1, T, T]``, or None.
-        causal: Whether the call asked for a causal mask.
-        scale: Factor of the products.
-        softcap: Cap of the logits, or None.
-        dropout: Probability of dropping an attention weight.
-        run: The model's own computation, without dropout, ``[B, H, T, Dv]``; None where it is
-            PyTorch's SDPA.
-        repeated: Keys and values as SDPA was given them, ``[B, H, T, D]`` where grouped.
-        sinks: ``[H]``, logits of a key without a value, which every query sees; or None.
-        flash: What stands in the place of `mask` and `causal`, or None.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None
-    causal: bool
-    scale: float
-    softcap: float | None = None
-    dropout: float = 0.0
-    run: Callable[[], Tensor] | None = None
-    repeated: tuple[Tensor, Tensor] | None = None
-    sinks: Tensor | None = None
-    flash: FlashMask | None = None
+from lightning_sage.engine.attention_call import AttentionCall, biased
+from lightning_sage.engine.flash import FlashMask
+from lightning_sage.engine.follow import Follower, Weigher
+from lightning_sage.engine.positions import COUNTING, counted
+from lightning_sage.engine.torch_attention import FORWARD, multi_head_attention
 
 
 class Handler(Weigher, Protocol):
@@ -165,7 +130,7 @@ class Tap(TorchFunctionMode):
         call.dropout = dropout_p
         if shown is not None:
             call.repeated = key, value
-        out = self.handler.attention(_checked(_as_autocast(call)))
+        out = self.handler.attention(call.prepared())
         # of a single token transformers folds the query heads into the token axis
         return out if q.shape == query.shape else out.reshape(*query.shape[:-1], -1)
 
@@ -187,16 +152,14 @@ class Tap(TorchFunctionMode):
                 # F.scaled_dot_product_attention follows, perhaps with repeated keys
                 self._shown = query, key, value
                 return function(module, query, key, value, *args, **kwargs)
-            mask = args[0] if args else kwargs.get("attention_mask")
-            flash = FlashMask.of(name, module, query, mask, kwargs)
-            return self._eager(function, flash, module, query, key, value, *args, **kwargs)
+            return self._eager(name, function, module, query, key, value, *args, **kwargs)
 
         return seen
 
     def _eager(
         self,
+        name: str,
         function: Callable[..., Any],
-        flash: FlashMask | None,
         module: nn.Module,
         query: Tensor,
         key: Tensor,
@@ -220,14 +183,14 @@ class Tap(TorchFunctionMode):
                 self._inside = False
             return out.transpose(1, 2)
 
-        mask = None
+        flash, mask = FlashMask.of(name, module, query, attention_mask, kwargs), None
         if attention_mask is not None and flash is None:
             mask = attention_mask[..., : key.shape[2]]
         call = AttentionCall(
             query,
             key,
             value,
-            _biased(kwargs.get("position_bias"), mask),
+            biased(kwargs.get("position_bias"), mask),
             False,
             kwargs.get("scaling") or query.shape[-1] ** -0.5,
             kwargs.get("softcap"),
@@ -236,41 +199,8 @@ class Tap(TorchFunctionMode):
             sinks=kwargs.get("s_aux"),
             flash=flash,
         )
-        out = self.handler.attention(_checked(_as_autocast(call)))
+        out = self.handler.attention(call.prepared())
         return out.transpose(1, 2), weights
-
-
-def _biased(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """A bias by position and a mask, in one."""
-    if bias is None or mask is None:
-        return mask if bias is None else bias
-    if mask.dtype == torch.bool:
-        return torch.where(mask, bias, torch.finfo(bias.dtype).min)
-    return bias + mask
-
-
-def _checked(call: AttentionCall) -> AttentionCall:
-    if call.q.dim() != 4:
-        raise ReplayError(f"attention of queries {list(call.q.shape)} is not over [B, H, T, D]")
-    if call.mask is not None and call.mask.dim() != 4:
-        mask = call.mask
-        call.mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
-    return call
-
-
-def _as_autocast(call: AttentionCall) -> AttentionCall:
-    """What autocast does to the inputs of SDPA and of products, which the ops below do not do."""
-    device = call.q.device.type
-    if not torch.is_autocast_enabled(device):
-        return call
-    dtype = torch.get_autocast_dtype(device)
-    call.q, call.k, call.v = (x.to(dtype) for x in (call.q, call.k, call.v))
-    if call.repeated is not None:
-        k, v = call.repeated
-        call.repeated = k.to(dtype), v.to(dtype)
-    if call.mask is not None and call.mask.is_floating_point():
-        call.mask = call.mask.to(dtype)
-    return call
 
 
 def _patch_interface() -> bool:

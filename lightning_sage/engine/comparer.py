@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sage.axes import Axis, ReplayError, packed_argument
-from lightning_sage.follow import Weights
-from lightning_sage.intercept import AttentionCall
+from lightning_sage.engine.attention_call import AttentionCall
+from lightning_sage.engine.axes import Axis, packed_argument
+from lightning_sage.engine.follow import Weights
+from lightning_sage.engine.replay import Replayer
+from lightning_sage.engine.seen import Kept, Seen, Written, rows_at, with_sinks
+from lightning_sage.engine.sparse import probabilities
+from lightning_sage.errors import ReplayError
 from lightning_sage.ops import Rows, Sight, reference
-from lightning_sage.replay import Replayer
-from lightning_sage.seen import Kept, Seen, Written, rows_at, with_sinks
-from lightning_sage.sparse import probabilities
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 

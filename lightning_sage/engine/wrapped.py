@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sage.axes import ReplayError
-from lightning_sage.session import Session
+from lightning_sage.engine.session import Session
+from lightning_sage.errors import ReplayError
 
 ATTRIBUTE = "_sage"
 

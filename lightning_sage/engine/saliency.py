@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_sage.facts import Facts, Judged
-from lightning_sage.seen import Seen, Written
+from lightning_sage.engine.facts import Facts, Judged
+from lightning_sage.engine.seen import Seen, Written
 
 
 def saliency(kind: str, seen: Sequence[Seen | Written], judged: Judged, facts: Facts) -> Tensor:
