@@ -39,8 +39,10 @@ def _entries():
 @pytest.mark.parametrize(("task", "name"), list(_entries()))
 def test_a_type_is_right_or_refused(task, name):
     verdict = matrix.judge(task, name)
-    refused = matrix.class_of(task, name) == "C" or f"{task}:{name}" in matrix.TABLE["refused"]
-    assert verdict.word == ("refused" if refused else "right"), str(verdict)
+    known = matrix.class_of(task, name) == "C" or f"{task}:{name}" in matrix.TABLE["refused"]
+    # of class C: a model that runs its blocks without a graph, and their parts again in backward
+    expected = ("refused", "dense") if known else ("right",)
+    assert verdict.word in expected, str(verdict)
 
 
 def test_the_representatives_stand_for_every_adaptation():
