@@ -93,13 +93,14 @@ MAY_IMPORT = {
     },
     "engine/comparer": {
         "torch", "engine/attention_call", "engine/axes", "engine/follow", "engine/replay",
-        "engine/seen", "engine/sparse", "ops",
+        "engine/seen", "engine/sparse", "errors", "ops",
     },
     "engine/dense_bytes": {"torch", "engine/job", "memory"},
+    "engine/trial": {"torch", "ops"},
     "engine/selfcheck": {
         "torch", "buffers", "engine/comparer", "engine/dense_bytes", "engine/drops",
         "engine/facts", "engine/intercept", "engine/job", "engine/replay", "engine/seen",
-        "engine/sides", "engine/wrapped", "errors", "ops",
+        "engine/sides", "engine/trial", "engine/wrapped", "errors", "ops",
     },
     "engine/backward": {
         "torch", "balance", "engine/cache", "engine/job", "engine/replay", "engine/session",

@@ -6,5 +6,5 @@ attention is seen); `drops`, `seen`, `sparse` and `replay` (what attention and d
 forward and in a replay); `packing` and `cache` (what waits in between); `facts`, `masks`,
 `loss_rows`, `towers`, `saliency` and `session` (what is known of the batch, and what is kept);
 `requests` and `sides` (what callers ask for); `modes`, `wrapped` and `job` (one call); `comparer`,
-`dense_bytes` and `selfcheck` (its first one); `backward` and `block`.
+`trial`, `dense_bytes` and `selfcheck` (its first one); `backward` and `block`.
 """

@@ -159,7 +159,7 @@ def _look_at_padding(job: Job, grad: Tensor) -> None:
     if known or job.record is None or job.session.told_of_padding:
         return
     padding = ~job.record.valid
-    if job.valid_count < padding.numel() and bool((grad.count_nonzero(-1) > 0)[padding].any()):
+    if 0 < job.valid_count < padding.numel() and bool((grad.count_nonzero(-1) > 0)[padding].any()):
         job.session.told_of_padding = True
         warnings.warn(
             f"the loss has a gradient at tokens that are padding to SAGE, behind block "

@@ -26,15 +26,13 @@ from lightning_sage.engine.intercept import Tap
 from lightning_sage.engine.replay import Crossing, Replayer
 from lightning_sage.engine.seen import BY_HAND, Seen, Written
 from lightning_sage.engine.sides import unheard
+from lightning_sage.engine.trial import few, half
 from lightning_sage.engine.wrapped import Learned
 from lightning_sage.errors import ReplayError
 from lightning_sage.ops import Rows
 
 if TYPE_CHECKING:
     from lightning_sage.engine.job import Job
-
-# rows of a sample that are compared
-ROWS = 16
 
 
 def first_call(job: Job) -> None:
@@ -97,7 +95,7 @@ def _compare(job: Job, hidden: Tensor) -> bool:
     watch += [f"{list(x)}" for x in recorder.drawn if {job.T, job.B * job.T} & set(x)]
     if watch:
         raise random_numbers(watch)
-    rows = Rows.of(_half(facts.valid))
+    rows = Rows.of(half(facts.valid))
     if not bool(_finite(out, rows).any()):
         if job.wrapped.nested:
             raise ReplayError(
@@ -271,38 +269,11 @@ def _generators(device: torch.device) -> list[Tensor]:
 def _more(job: Job, out: Tensor, valid: Tensor, rows: Rows) -> Iterator[Rows]:
     """Other rows to compare, once `rows` were the same."""
     # some blocks look at how many rows there are
-    found = [_few(rows)]
+    found = [few(rows)]
     if job.learned.positional:
         # the places that were left out: a block may count from the end, or to it
-        found.append(Rows.of(_half(valid, ends=True)))
+        found.append(Rows.of(half(valid, ends=True)))
     for others in found:
         # parts that are sharded by themselves are gathered by all ranks at the same time
         if not job.wrapped.nested and bool(_finite(out, others).any()):
             yield others
-
-
-def _few(rows: Rows) -> Rows:
-    """Three rows, far apart in the sample that has the most: what depends on their number shows."""
-    most = int(rows.ends.diff().argmax())
-    start, stop = (int(rows.ends[most + i]) for i in (0, 1))
-    some = sorted({start, (start + stop) // 2, stop - 1})
-    return Rows(rows.index[torch.tensor(some, device=rows.index.device)], rows.B, rows.T)
-
-
-def _half(valid: Tensor, ends: bool = False) -> Tensor:
-    """A fixed random half of each sample's valid tokens, and at most `ROWS` of them.
-
-    What is special of first and last tokens must show: the first and the last sample go without
-    them, so that others stand in their places, and the samples between have them; with `ends` it
-    is the other way round.
-    """
-    index = torch.arange(valid.numel(), device=valid.device).view_as(valid)
-    order = valid.long().cumsum(1)
-    outermost = (order == 1) | (order == order[:, -1:])
-    between = torch.full_like(valid[:, :1], not ends, dtype=torch.float64)
-    between[0] = between[-1] = float(ends)
-    drawn = ops.uniform(1, int(ends), index)
-    key = torch.where(outermost, 1 - 2 * between, drawn).masked_fill(~valid, 2.0)
-    count = ((valid.sum(1, keepdim=True) + 1) // 2).clamp(max=ROWS)
-    chosen: Tensor = valid.logical_and(key.argsort(1).argsort(1) < count)
-    return chosen
