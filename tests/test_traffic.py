@@ -20,10 +20,10 @@ from lightning_sage import (
     SagePolicy,
     TopMass,
     install,
-    masks,
     ops,
 )
-from lightning_sage.engine.replay import Seed
+from lightning_sage.engine import masks
+from lightning_sage.engine.drops import Seed
 from lightning_sage.ops.reference import attention
 from syncs import syncs
 
