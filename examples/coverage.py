@@ -8,6 +8,7 @@ some 20 minutes. Lines that are there from the same versions and sources are not
 a run that was ended goes on where it was. The table, coverage.md, is drawn from the lines alone.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -28,6 +29,7 @@ from tqdm import tqdm
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 PACKAGES = ("torch", "transformers", "peft")
+CHUNK = 100
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ def judged(task: str, name: str) -> dict[str, Any]:
 
     started = perf_counter()
     verdict = matrix.judge(task, name)
+    # models of the entries before this one would stay for long
+    gc.collect()
     errors = {label: error for label, error in verdict.errors.items() if error is not None}
     return {
         "task": task,
@@ -94,13 +98,14 @@ def judge_all(
     entries: Sequence[tuple[str, str]], processes: int
 ) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
     """Lines of entries, as they are done."""
-    # each process ends after some entries: what transformers imports of each type adds up
-    with ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), max_tasks_per_child=60
-    ) as pool:
-        futures = {pool.submit(judged, *entry): entry for entry in entries}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+    spawn = multiprocessing.get_context("spawn")
+    # processes end after some entries: what transformers imports of each type adds up
+    for start in range(0, len(entries), CHUNK):
+        with ProcessPoolExecutor(processes, spawn) as pool:
+            some = entries[start : start + CHUNK]
+            futures = {pool.submit(judged, *entry): entry for entry in some}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -30,7 +30,7 @@ COLUMNS = (
     "kept",
     "replayed",
 )
-VERDICTS = ("right", "refused", "wrong")
+VERDICTS = ("right", "refused", "dense", "wrong")
 COVERAGE = """# Every transformers type
 
 Drawn by `examples/coverage.py` from [results/coverage.jsonl](results/coverage.jsonl), which the
@@ -40,7 +40,8 @@ padding, `attention="salient"` and "full", full fine-tuning and LoRA on every li
 is the largest error of any gradient; a type that is not right is refused before a step is taken,
 for the reason in the last column, and `install(..., strict=False)` leaves its blocks dense.
 Class A works as it is, B with an adaptation that SAGE makes by itself, C cannot. `blocks` counts
-those that are replayed, and of how many layers of transformers."""
+those that are replayed, and of how many layers of transformers; "dense" are types none of whose
+blocks is replayed, whose gradients are those of dense training."""
 
 
 def table(records: Sequence[Record]) -> str:
@@ -241,5 +242,7 @@ def _why(records: Iterable[Record]) -> str:
     for record in records:
         if record["verdict"] != "right":
             said = [*record["wrong"], *record["refused"].values()]
+            if not said:
+                return record["reason"]
             return record["reason"] or said[0].split(": leave")[0].replace("|", "/")[:160]
     return ""

@@ -129,8 +129,11 @@ class _Tags:
         made = [given[0]] if out is None and given else pytree.tree_leaves(out)
         product = name in _PRODUCTS
         own = [x for x in given if id(x) in self.own]
-        scores = any(id(x) in self.scores for x in given) or (product and len(own) > 1)
-        shares = not product and any(id(x) in self.shares for x in given)
+        shares = any(id(x) in self.shares for x in given)
+        if product:
+            scores, shares = len(own) > 1 and not shares, False
+        else:
+            scores = any(id(x) in self.scores for x in given)
         for x in made:
             if isinstance(x, torch.Tensor):
                 for tagged, wanted in (

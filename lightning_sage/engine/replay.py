@@ -80,10 +80,8 @@ class Recorder(Drops):
             ReplayError: It is to keys of neither.
         """
         others, calls = self.crossing
-        if others and (keys != self.rows.T or len(self.seen) in calls):
-            keys, own = others, keys
-            if own == others:
-                return True
+        if keys == others and (keys != self.rows.T or len(self.seen) in calls):
+            return True
         if keys != self.rows.T:
             raise ReplayError(
                 f"attention of {self.rows.T} queries to {keys} keys is neither to their own tokens "
