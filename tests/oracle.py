@@ -85,7 +85,10 @@ def _sparse(forward, calls, watch):
         rows = next(calls)
         hidden = args[0] if args else kwargs["hidden_states"]
         weights = rows.weights.to(hidden.device)
-        frozen = frozen_outside(hidden, (weights > 0)[..., None])
+        # a wide row a token, or one for each of several streams
+        by_stream = hidden.dim() == 4 and hidden.shape[:2] == weights.shape
+        by_token = weights[..., None, None] if by_stream else weights[..., None]
+        frozen = frozen_outside(hidden, by_token > 0)
         if args:
             args = (frozen, *args[1:])
         else:
@@ -94,7 +97,7 @@ def _sparse(forward, calls, watch):
             output = forward(*args, **kwargs)
         several = isinstance(output, tuple | list)
         first = output[0] if several else output
-        first = _identity_outside(hidden, first, weights.to(first.dtype)[..., None])
+        first = _identity_outside(hidden, first, by_token.to(first.dtype))
         return type(output)([first, *output[1:]]) if several else first
 
     return sparse

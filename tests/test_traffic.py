@@ -203,7 +203,7 @@ def test_dense_tensors_are_gone_before_the_next_block(name, kernels, mode, monke
     hidden = 3 * 64 * 32 * 4
     assert len(left) == 1
     # besides: a byte or eight for each token and fact, and the masks that the forward shares
-    assert 0 < left[0] < record.cached_bytes + 1.75 * hidden
+    assert 0 < left[0] < record.cached_bytes + 1.8 * hidden
 
 
 def long_llama(T):

@@ -17,6 +17,7 @@ from lightning_sage.engine.axes import (
     axis_of_other,
     packed_argument,
 )
+from lightning_sage.engine.streams import Streams
 from lightning_sage.errors import ReplayError
 from lightning_sage.ops import Rows
 
@@ -56,6 +57,7 @@ class Arguments:
         hidden: Index of the hidden states ``[B, T, C]``.
         others: Tokens of the other sequence that the block attends to, or 0.
         real: Indices of masks and biases whose entries a replay has to see.
+        streams: How the block takes its hidden states, where not in one row a token.
     """
 
     leaves: list[Any]
@@ -65,6 +67,7 @@ class Arguments:
     hidden: int
     others: int = 0
     real: set[int] = field(default_factory=set)
+    streams: Streams | None = None
 
     @classmethod
     def of(cls, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -85,6 +88,11 @@ class Arguments:
         tensors = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
         by_name = [i for i in tensors if names[i] == "hidden_states"]
         hidden = next(iter(by_name + tensors), None)
+        streams = None
+        if hidden is not None and leaves[hidden].dim() == 4:
+            streams = Streams.of(leaves[hidden], (leaves[i] for i in tensors if i != hidden))
+            if streams is not None:
+                leaves[hidden] = streams.joined(leaves[hidden])
         if hidden is None or leaves[hidden].dim() != 3 or not leaves[hidden].is_floating_point():
             shown = None if hidden is None else list(leaves[hidden].shape)
             raise ReplayError(
@@ -102,7 +110,7 @@ class Arguments:
         }
         axes[hidden] = Axis.BATCHED
         real = {i for i, axis in axes.items() if axis.of_pairs and leaves[i].requires_grad}
-        return cls(leaves, axes, names, spec, hidden, S, real)
+        return cls(leaves, axes, names, spec, hidden, S, real, streams)
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -142,6 +150,8 @@ class Arguments:
         leaves = list(self.leaves)
         for i, x in (replaced or {}).items():
             leaves[i] = x
+        if self.streams is not None:
+            leaves[self.hidden] = self.streams.apart(leaves[self.hidden])
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         return args, kwargs
 

@@ -181,7 +181,7 @@ def _skip_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
     # blocks differ in their masks (sliding windows between full attention)
     mask = job.arguments.mask()
     sight = None if mask is None else session.visibility(mask, False, facts.valid)
-    forward = PackedForward(job.seed, rows, sight)
+    forward = PackedForward(job.seed, rows, sight, mask)
     out = job.run(forward, *job.packed_call(rows, own, job.leaves()))
     every = Rows.every(1, len(rows), hidden.device)
     attention = [Kept(store(o[None], every, packing), m, v) for o, m, v in forward.kept]

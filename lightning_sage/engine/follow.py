@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_sage.errors import ReplayError
 
-_SOFTMAX = {torch.softmax, Tensor.softmax, torch.special.softmax}
+SOFTMAX = {torch.softmax, Tensor.softmax, torch.special.softmax}
 _PRODUCT = {
     torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__,
 }  # fmt: skip
@@ -70,16 +70,16 @@ class Follower:
         self.weigher = weigher
         self.count = 0
         # tensors are held, so that their numbers are not given to others
-        self._known: dict[int, tuple[Tensor, Weights]] = {}
+        self.known: dict[int, tuple[Tensor, Weights]] = {}
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Result of a function that concerns weights, else NotImplemented."""
         # the name looked up, as in torch itself: others replace it
-        if func is F.softmax or func in _SOFTMAX:
+        if func is F.softmax or func in SOFTMAX:
             return self._softmax(func, args, kwargs)
-        if not self._known or not args or not isinstance(args[0], Tensor):
+        if not self.known or not args or not isinstance(args[0], Tensor):
             return NotImplemented
-        _, weights = self._known.get(id(args[0]), (None, None))
+        _, weights = self.known.get(id(args[0]), (None, None))
         if weights is None:
             return NotImplemented
         if func is F.dropout:
@@ -89,7 +89,7 @@ class Follower:
         if func not in _SAME:
             return NotImplemented
         result: Tensor = func(*args, **kwargs)
-        self._known[id(result)] = result, weights
+        self.known[id(result)] = result, weights
         return result
 
     def _softmax(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -102,7 +102,7 @@ class Follower:
         weights = Weights(x, self.count)
         self.count += 1
         found = self.weigher.softmax(weights, lambda: func(*args, **kwargs))
-        self._known[id(found)] = found, weights
+        self.known[id(found)] = found, weights
         return found
 
     def _dropout(
@@ -117,13 +117,13 @@ class Follower:
         if not training or p == 0:
             return x
         same = x.view_as(x)
-        self._known[id(same)] = same, replace(weights, dropout=p)
+        self.known[id(same)] = same, replace(weights, dropout=p)
         return same
 
     def _product(self, weights: Weights, func: Any, x: Tensor, values: Tensor) -> Any:
         if values.dim() != x.dim() or values.shape[-2] != x.shape[-1]:
             return NotImplemented
-        self._known = {i: y for i, y in self._known.items() if y[1].number != weights.number}
+        self.known = {i: y for i, y in self.known.items() if y[1].number != weights.number}
         return self.weigher.product(weights, x, values, lambda y: func(y, values))
 
     def finish(self) -> None:
@@ -132,7 +132,7 @@ class Follower:
         Raises:
             ReplayError: There are some.
         """
-        if any(weights.dropout for _, weights in self._known.values()):
+        if any(weights.dropout for _, weights in self.known.values()):
             raise ReplayError(
                 "it drops out of a softmax over its tokens that is not multiplied with values in a "
                 "way that can be followed: set that probability to 0"

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_sage.engine.attention_call import AttentionCall, biased
 from lightning_sage.engine.flash import FlashMask
-from lightning_sage.engine.follow import Follower, Weigher
+from lightning_sage.engine.follow import SOFTMAX, Follower, Weigher
 from lightning_sage.engine.positions import COUNTING, counted
 from lightning_sage.engine.torch_attention import FORWARD, multi_head_attention
 
@@ -97,7 +97,8 @@ class Tap(TorchFunctionMode):
             return self.handler.draw(func, args, kwargs)
         if self.handler.positions is not None and func in COUNTING:
             return counted(self.handler.positions, func, args, kwargs)
-        if not self._inside:
+        # asked here and not there: most functions are neither, and there are many
+        if (self.follower.known or func is F.softmax or func in SOFTMAX) and not self._inside:
             followed = self.follower.see(func, args, kwargs)
             if followed is not NotImplemented:
                 return followed

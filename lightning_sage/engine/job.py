@@ -140,22 +140,24 @@ class Job:
             given = pytree.tree_leaves((args, kwargs))[self.arguments.hidden]
         if place is None or leaves[place].shape != given.shape:
             raise ReplayError("its first output is not hidden states of the shape of its input")
+        out: Tensor = leaves[place]
+        if self.arguments.streams is not None:
+            out = self.arguments.streams.joined(out)
         self.outlets = {}
         if len(leaves) > 1:
             inputs = {id(x) for x in pytree.tree_leaves((args, kwargs))}
-            self.outlets = self._others(leaves, place, inputs)
+            self.outlets = self._others(leaves, place, inputs, out.shape[1])
         self._outputs = leaves, spec, place
-        out: Tensor = leaves[place]
         return out
 
-    def _others(self, leaves: list[Any], place: int, inputs: set[int]) -> dict[int, Tensor]:
+    def _others(self, leaves: list[Any], place: int, inputs: set[int], T: int) -> dict[int, Tensor]:
         """Outputs of pairs of tokens that carry a gradient; others are refused.
 
         Raises:
             ReplayError: Names the shape of one.
         """
         found = {}
-        T, keys = leaves[place].shape[1], self.arguments.others
+        keys = self.arguments.others
         for i, x in enumerate(leaves):
             if i == place or not isinstance(x, Tensor) or id(x) in inputs:
                 continue
@@ -216,6 +218,8 @@ class Job:
         """What the block returned, with `hidden` and outlets in their places."""
         assert self._outputs is not None
         leaves, spec, place = self._outputs
+        if self.arguments.streams is not None:
+            hidden = self.arguments.streams.apart(hidden)
         self._outputs = None
         if spec is None:
             return hidden

@@ -171,9 +171,11 @@ class Recorder(Drops):
 class PackedForward(Drops):
     """Forward over chosen rows only, which attend to one another."""
 
-    def __init__(self, seed: Seed, rows: Rows, sight: Visibility | None) -> None:
+    def __init__(
+        self, seed: Seed, rows: Rows, sight: Visibility | None, mask: Tensor | None
+    ) -> None:
         super().__init__(seed, rows, (1, len(rows)))
-        self.sight = sight
+        self.sight, self.mask = sight, mask
         self.kept: list[tuple[Tensor, Tensor, Visibility]] = []
 
     def attention(self, call: AttentionCall) -> Tensor:
@@ -185,7 +187,9 @@ class PackedForward(Drops):
         if call.flash is not None or (self.sight is None and call.mask is not None):
             raise ReplayError("it makes its own attention mask: use unselected='identity'")
         # what stands for a mask of pairs hides nothing, unless the block turns it round (torch.nn)
-        if call.mask is not None and bool(call.mask[(0,) * call.mask.dim()].isneginf()):
+        told_bool = self.mask is not None and self.mask.dtype == torch.bool
+        turned = call.mask if told_bool and call.mask is not None else None
+        if turned is not None and turned.is_floating_point() and bool(turned.isneginf().any()):
             raise ReplayError("its mask hides where it is True: use unselected='identity'")
         if call.sinks is not None or call.k.shape[2] != call.q.shape[2]:
             raise ReplayError(

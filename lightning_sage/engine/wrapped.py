@@ -91,6 +91,8 @@ class Wrapped:
 
     def versions(self, parameters: list[Tensor]) -> list[int]:
         """Versions of parameters, as far as others than the block changed them."""
+        if not self.touched:
+            return [x._version for x in parameters]
         return [x._version - self.touched.get(id(x), 0) for x in parameters]
 
     def refuse_second_replay(self) -> None:
@@ -140,13 +142,13 @@ class Parts:
         self.modules, seen = [block], {id(block)}
         slots: dict[int, Slot] = {}
         self.parameters: list[Tensor] = []
-        # grows while it is walked: `modules()` asks many times as often
+        # grows while it is walked: `modules()` asks many times as often; most are empty (PEFT)
         for module in self.modules:
-            for part in module._modules.values():
-                if part is not None and id(part) not in seen:
-                    seen.add(id(part))
+            for part in module._modules.values() if module._modules else ():
+                if part is not None and (number := id(part)) not in seen:
+                    seen.add(number)
                     self.modules.append(part)
-            for name, parameter in module._parameters.items():
+            for name, parameter in module._parameters.items() if module._parameters else ():
                 if parameter is not None:
                     self.parameters.append(parameter)
                     if parameter.requires_grad:
