@@ -304,7 +304,7 @@ def test_a_batch_is_observed_where_keywords_say_nothing(model, batch):
     policy = SagePolicy(keep=0.3, sinks=0, keep_last=False)
     with install(model, policy) as installed:
         installed.observe({"labels": labels, "attention_mask": mask})
-        model.model(ids).last_hidden_state.sum().backward()
+        model.model(ids).last_hidden_state[mask.bool()].sum().backward()
         record = installed.records[0]
         assert torch.equal(record.valid, mask.bool())
         # position i bears the loss of token i + 1

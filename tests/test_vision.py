@@ -5,6 +5,7 @@ Against dense autograd and the brute-force oracle, and what of a batch each of t
 
 import functools
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,10 @@ def test_rows_match_oracle(name, padding, options, mode, fields):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_default_policy_matches_the_oracle(name):
     model, batch = pictures.build(name), pictures.make_batch(name)
-    _, gradients, rows = sage_step(model, batch, SagePolicy())
+    # SigLIP's text tower is read at its last position, padding or not
+    reads_padding = pytest.warns(UserWarning, match="read its last position")
+    with reads_padding if name == "siglip-pair" else nullcontext():
+        _, gradients, rows = sage_step(model, batch, SagePolicy())
     with oracle(model, rows, "salient"):
         _, expected = step(model, batch)
     assert_gradients_close(gradients, expected, 1e-8)
