@@ -117,6 +117,21 @@ def test_experts_of_limited_capacity_are_refused_though_nothing_overflows():
         model(input_ids=ids, labels=ids)
 
 
+class Shelf(dict):
+    """A mapping that blocks share, as transformers' do keys and values."""
+
+
+def test_a_block_that_writes_into_an_argument_is_refused():
+    """Others would find there what the dense pass made, which has no gradient."""
+
+    def lend(self, x, shelf):
+        shelf["keys"] = self.out(x)
+        return x
+
+    with install(model := Stack(Block(lend)), NAMED), refused("writes into an argument"):
+        model(rows(), shelf=Shelf())
+
+
 def test_without_strict_a_block_that_cannot_be_replayed_is_left_dense():
     """Exactly: its gradient is the dense one, with a warning that names it and the reason."""
     mixing = Block(lambda self, x: x + self.out(x.roll(1, 1)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -125,6 +126,11 @@ class Arguments:
     def need_pairs(self) -> None:
         """From now on a replay sees the entries of masks and biases, and not their shape alone."""
         self.real.update(i for i, axis in self.axes.items() if axis.of_pairs)
+
+    def held(self) -> list[tuple[Any, int]]:
+        """What mutable arguments hold now, to see whether a block writes into one."""
+        mappings = (x for x in self.leaves if isinstance(x, MutableMapping))
+        return [(key, id(x)) for mapping in mappings for key, x in mapping.items()]
 
     def mask(self) -> Tensor | None:
         """The argument that masks pairs of tokens, ``[B | 1, H | 1, T | 1, T]``."""

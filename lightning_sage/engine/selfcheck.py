@@ -87,11 +87,16 @@ def _compare(job: Job, hidden: Tensor) -> bool:
     recorder.weights_too = False
     watch: list[str] = []
     called: set[str] = set()
-    drawn = random.getstate()
+    drawn, held = random.getstate(), job.arguments.held()
     out = job.run(recorder, *job.arguments.call(), tap=_watching(watch, called, hidden.device))
     if random.getstate() != drawn:
         random.setstate(drawn)
         watch.append("Python's random")
+    if job.arguments.held() != held:
+        raise ReplayError(
+            "it writes into an argument, where other blocks find what it wrote without a gradient "
+            "(shared keys and values?): leave it and those that read it dense with dense_blocks"
+        )
     watch += [f"{list(x)}" for x in recorder.drawn if {job.T, job.B * job.T} & set(x)]
     if watch:
         raise random_numbers(watch)
@@ -198,8 +203,8 @@ def _replayed(job: Job, comparer: Comparer, rows: Rows, own: Tensor) -> Tensor:
             raise
         except Exception as error:
             raise ReplayError(
-                f"its replay on some rows raised {type(error).__name__}: {error}; leave the block "
-                "dense with dense_blocks"
+                f"its replay on some rows raised {type(error).__name__}: "
+                f"{error or 'without a word'}; leave the block dense with dense_blocks"
             ) from error
         job.learn(replace(job.learned, outlets=_outlets(job, own)))
     known = {id(x) for x in (own, *leaves.values(), *job.parts.trainable())}
