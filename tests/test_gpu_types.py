@@ -1,4 +1,4 @@
-"""What other kinds of models need, on a CUDA device, whose backward pass has a thread of its own."""
+"""What other kinds of models need on a CUDA device, whose backward pass has a thread of its own."""
 
 import copy
 
