@@ -51,6 +51,12 @@ def conflicts(model: nn.Module, blocks: Mapping[str, nn.Module]) -> Iterator[str
                 )
 
 
+def in_checkpoint() -> bool:
+    """Whether `checkpoint(..., use_reentrant=False)` will compute this forward again."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")
+
+
 def recomputed_reentrantly() -> bool:
     """Whether this forward is the second of `checkpoint(..., use_reentrant=True)`.
 

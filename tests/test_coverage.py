@@ -60,7 +60,7 @@ def _without_bias(name, x, B, T):
     return Axis.NONE if name == "position_bias" else axis_of(name, x, B, T)
 
 
-def _uncounted(_positions, func, args, kwargs):
+def _uncounted(_counter, func, args, kwargs):
     return func(*args, **kwargs)
 
 
@@ -77,9 +77,9 @@ SWITCHES = {
     "cross": ("seq2seq:bart", "engine.arguments._is_states", lambda *_: False),
     "bias": ("seq2seq:t5", "engine.arguments.Arguments.need_pairs", lambda _: None),
     "pairtable": ("masked-lm:deberta-v2", "engine.arguments.Arguments.need_pairs", lambda _: None),
-    "arange": ("causal-lm:llama4_text", "engine.intercept.counted", _uncounted),
+    "arange": ("causal-lm:llama4_text", "engine.positions.Counter.see", _uncounted),
     "alibi": ("causal-lm:mpt", "engine.arguments.axis_of", _without_bias),
-    "localmask": ("causal-lm:gpt_neo", "engine.intercept.counted", _uncounted),
+    "localmask": ("causal-lm:gpt_neo", "engine.positions.Counter.see", _uncounted),
 }
 
 

@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "engine/axes": {"torch", "errors", "ops"},
     "engine/streams": {"torch"},
     "engine/arguments": {"torch", "engine/axes", "errors", "ops", "engine/streams"},
-    "engine/positions": {"torch"},
+    "engine/positions": {"torch", "ops"},
     "engine/torch_attention": {"torch"},
     "engine/flash": {"torch", "errors", "ops"},
     "engine/attention_call": {"torch", "engine/flash", "errors"},
@@ -62,7 +62,7 @@ MAY_IMPORT = {
         "torch", "engine/attention_call", "engine/flash", "engine/follow", "engine/positions",
         "engine/torch_attention",
     },
-    "engine/drops": {"torch", "engine/attention_call", "errors", "ops"},
+    "engine/drops": {"torch", "engine/attention_call", "engine/positions", "errors", "ops"},
     "engine/packing": {"torch", "ops"},
     "engine/seen": {
         "torch", "engine/attention_call", "engine/follow", "engine/packing", "errors", "ops",
@@ -80,17 +80,18 @@ MAY_IMPORT = {
     "engine/saliency": {"torch", "engine/facts", "engine/seen"},
     "engine/requests": {"torch"},
     "engine/sides": {"torch", "errors"},
+    "engine/choice": {"torch", "balance", "engine/drops", "ops", "selections"},
     "engine/session": {
-        "torch", "balance", "engine/drops", "engine/facts", "engine/flash", "engine/loss_rows",
-        "engine/masks", "engine/replay", "engine/requests", "engine/saliency", "engine/seen",
-        "engine/towers", "ops", "policy", "records", "selections",
+        "torch", "balance", "engine/choice", "engine/drops", "engine/facts", "engine/flash",
+        "engine/loss_rows", "engine/masks", "engine/replay", "engine/requests", "engine/saliency",
+        "engine/seen", "engine/towers", "ops", "policy", "records", "selections",
     },
     "engine/modes": {"torch"},
     "engine/wrapped": {"torch", "engine/session", "errors"},
     "engine/job": {
         "torch", "balance", "buffers", "engine/arguments", "engine/drops", "engine/intercept",
-        "engine/modes", "engine/replay", "engine/sides", "engine/wrapped", "errors", "ops",
-        "records",
+        "engine/modes", "engine/positions", "engine/replay", "engine/sides", "engine/wrapped",
+        "errors", "ops", "records",
     },
     "engine/comparer": {
         "torch", "engine/attention_call", "engine/axes", "engine/follow", "engine/replay",
@@ -105,7 +106,7 @@ MAY_IMPORT = {
     },
     "engine/backward": {
         "torch", "balance", "engine/cache", "engine/job", "engine/replay", "engine/session",
-        "engine/wrapped", "ops", "selections",
+        "engine/wrapped", "errors", "ops", "selections",
     },
     "engine/block": {
         "torch", "engine/arguments", "engine/backward", "engine/cache", "engine/facts",

@@ -116,11 +116,14 @@ class Arguments:
     @property
     def signature(self) -> tuple[Any, ...]:
         """What decides how the call is replayed; equal calls are checked once."""
-        tensors = ((self.names[i], axis, self.leaves[i].dim()) for i, axis in self.axes.items())
+        tensors = (
+            (self.names[i], axis, self.leaves[i].dim(), self.leaves[i].requires_grad)
+            for i, axis in self.axes.items()
+        )
         switches = (x for x in self.leaves if isinstance(x, str | bool))
         # longer by a power of two: positions may start to matter
         hidden = self.leaves[self.hidden]
-        lengths = hidden.shape[1].bit_length(), self.others == hidden.shape[1]
+        lengths = hidden.shape[1].bit_length(), self.others == hidden.shape[1], len(hidden) > 1
         return (*tensors, *switches, hidden.dtype, *lengths)
 
     def need_pairs(self) -> None:

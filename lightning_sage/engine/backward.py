@@ -16,6 +16,7 @@ from lightning_sage.engine.job import Job
 from lightning_sage.engine.replay import Replayer
 from lightning_sage.engine.session import REPLAY_STREAM
 from lightning_sage.engine.wrapped import hooks_off
+from lightning_sage.errors import ReplayError
 from lightning_sage.ops import Rows
 from lightning_sage.selections import Selection
 
@@ -188,11 +189,12 @@ def _replayed(
     """Gradients of `inputs` through some rows, whose hidden states are `hidden`, ``[R, C]``."""
     rows, picked, weights = part
     handler = Replayer(job.seed, rows, cache.attention, picked)
-    handler.positions = rows.token if job.learned.positional else None
+    handler.counter = job.counter(rows)
     with torch.enable_grad(), job.modes.restored(job.parameters):
-        with job.sides.again() as sides:
+        with job.sides.again() as sides, job.tables_kept():
             out = job.run(handler, *job.packed_call(rows, hidden, leaves))
         job.forget_output()
+        _refuse_another(job, cache, handler)
         outputs, weighted = [out], [ops.gather_rows(grads[0], rows.index, weights)[None]]
         for x, grad in zip(sides, grads[1:], strict=True):
             if not x.requires_grad:
@@ -203,6 +205,25 @@ def _replayed(
         return _gradients(
             job, outputs, inputs, [g.to(x.dtype) for g, x in zip(weighted, outputs, strict=True)]
         )
+
+
+def _refuse_another(job: Job, cache: SparseCache, handler: Replayer) -> None:
+    """Refuse a replay that took another way than its forward, or than the self-check saw.
+
+    Raises:
+        ReplayError: Names what is different.
+    """
+    counted = 0 if handler.counter is None else handler.counter.answered
+    for what, got, want in (
+        ("attention calls", handler.calls, len(cache.attention)),
+        ("draws of random numbers", handler.drawn, job.drawn),
+        ("counts of its tokens", counted, job.learned.counted),
+    ):
+        if got != want:
+            raise ReplayError(
+                f"its replay of {len(handler.rows)} rows made other {what} ({got}) than expected "
+                f"({want}): leave it dense with dense_blocks"
+            )
 
 
 def _gradients(

@@ -55,6 +55,20 @@ def _recorded(
     block: nn.Module, wrapped: Wrapped, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Of :func:`sparse_forward`, what is done where a graph is recorded."""
+    session = wrapped.session
+    if torch._C._current_graph_task_id() == -1:
+        if sharding.in_checkpoint():
+            session.remember(wrapped.index)
+        return _sparse(block, wrapped, args, kwargs)
+    # the checkpoint computes the block again, when what the model was told is over
+    with session.recalling(wrapped.index):
+        return _sparse(block, wrapped, args, kwargs)
+
+
+def _sparse(
+    block: nn.Module, wrapped: Wrapped, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The block's forward with a sparse backward pass, or densely where that cannot be."""
     try:
         job = _prepared(block, wrapped, args, kwargs)
     except ReplayError as error:
@@ -143,6 +157,7 @@ def _keep_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
     recorder = session.recorder(job.seed, facts, job.crossing)
     with job.sides.heard(job.B * job.T):
         out = job.run(recorder, *job.arguments.call())
+    job.drawn = recorder.drawn
     choice = session.choose(wrapped.name, facts, recorder.seen, job.seed)
     kept, rows, scores, job.wanted, job.budget = choice
     if wrapped.nested and not len(rows):
@@ -182,7 +197,10 @@ def _skip_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
     mask = job.arguments.mask()
     sight = None if mask is None else session.visibility(mask, False, facts.valid)
     forward = PackedForward(job.seed, rows, sight, mask)
-    out = job.run(forward, *job.packed_call(rows, own, job.leaves()))
+    forward.counter = job.counter(rows)
+    with job.tables_kept():
+        out = job.run(forward, *job.packed_call(rows, own, job.leaves()))
+    job.drawn = forward.drawn
     every = Rows.every(1, len(rows), hidden.device)
     attention = [Kept(store(o[None], every, packing), m, v) for o, m, v in forward.kept]
     cache = SparseCache(rows.index, store(own[None], every, packing), attention)
@@ -224,5 +242,8 @@ class _Sparse(torch.autograd.Function):
         cache = SparseCache.put_together(saved[: ctx.held], job.attentions)
         leaves = job.restored(saved[ctx.held :])
         wants = ctx.needs_input_grad[1:]
-        grads = replay(job, cache, leaves, (grad, *sides), wants)
+        try:
+            grads = replay(job, cache, leaves, (grad, *sides), wants)
+        except ReplayError as error:
+            raise _named(job.block, job.wrapped, error) from error
         return None, *grads, *([None] if job.wrapped.nested else [])

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_sage.engine.attention_call import AttentionCall
 from lightning_sage.engine.axes import Axis, packed_argument
 from lightning_sage.engine.follow import Weights
-from lightning_sage.engine.replay import Replayer
+from lightning_sage.engine.replay import TRAINED_BIAS, Replayer
 from lightning_sage.engine.seen import Kept, Seen, Written, rows_at, with_sinks
 from lightning_sage.engine.sparse import probabilities
 from lightning_sage.errors import ReplayError
@@ -51,9 +51,9 @@ class Comparer:
     ) -> None:
         self.rows, self.seen, self.finite, self.replayer = rows, seen, finite, replayer
         self.pairs = pairs
-        self.dropout, self.positions = replayer.dropout, replayer.positions
+        self.dropout, self.counter = replayer.dropout, replayer.counter
         self.could_be_weights, self.softmax = replayer.could_be_weights, replayer.softmax
-        self.routed = False
+        self.routed, self.full = False, False
         self.drawn: list[torch.Size] = []
 
     @property
@@ -111,9 +111,12 @@ class Comparer:
             ReplayError: They are not the same.
             NeedsPairs: A bias is trained, and the replay was not given the entries of masks.
         """
-        if call.mask is not None and call.mask.requires_grad and not self.pairs:
+        trained = call.mask is not None and call.mask.requires_grad
+        if trained and not self.pairs:
             raise NeedsPairs
         seen, kept = self._next()
+        if trained and self.full and not seen.crosses:
+            raise ReplayError(TRAINED_BIAS)
         if isinstance(seen, Written):
             raise ReplayError("its replay calls attention where the forward wrote it out by hand")
         with torch.no_grad():

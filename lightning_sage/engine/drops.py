@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_sage import ops
 from lightning_sage.engine.attention_call import AttentionCall
+from lightning_sage.engine.positions import Counter
 from lightning_sage.errors import ReplayError
 from lightning_sage.ops import Dropout, How, Rows
 
@@ -44,7 +45,7 @@ class Drops:
     """
 
     weights_too = True
-    positions: Tensor | None = None
+    counter: Counter | None = None
 
     def __init__(self, seed: Seed, rows: Rows, shape: tuple[int, int]) -> None:
         self.seed, self.rows, self.shape, self.drops = seed, rows, shape, 0

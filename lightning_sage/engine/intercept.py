@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_sage.engine.attention_call import AttentionCall, biased
 from lightning_sage.engine.flash import FlashMask
 from lightning_sage.engine.follow import SOFTMAX, Follower, Weigher
-from lightning_sage.engine.positions import COUNTING, counted
+from lightning_sage.engine.positions import COUNTING, Counter
 from lightning_sage.engine.torch_attention import FORWARD, multi_head_attention
 
 
@@ -29,10 +29,10 @@ class Handler(Weigher, Protocol):
     """What happens at an attention and at a dropout.
 
     Attributes:
-        positions: ``[N]`` int64, where the tokens of a replay stand, for blocks that count them.
+        counter: Tells a replay where its tokens stand, for blocks that count them by themselves.
     """
 
-    positions: Tensor | None
+    counter: Counter | None
 
     def attention(self, call: AttentionCall) -> Tensor:
         """Output of an attention, ``[B, H, T, Dv]``."""
@@ -85,7 +85,7 @@ class Tap(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs, counter = kwargs or {}, self.handler.counter
         if func is F.scaled_dot_product_attention:
             return self._sdpa(*args, **kwargs)
         if func is F.dropout:
@@ -95,8 +95,8 @@ class Tap(TorchFunctionMode):
             return self._in_sight(multi_head_attention, *args, **kwargs)
         if func in _DRAWS and not kwargs.keys() & {"generator", "out"}:
             return self.handler.draw(func, args, kwargs)
-        if self.handler.positions is not None and func in COUNTING:
-            return counted(self.handler.positions, func, args, kwargs)
+        if counter is not None and func in COUNTING:
+            return counter.see(func, args, kwargs)
         # asked here and not there: most functions are neither, and there are many
         if (self.follower.known or func is F.softmax or func in SOFTMAX) and not self._inside:
             followed = self.follower.see(func, args, kwargs)
@@ -152,7 +152,10 @@ class Tap(TorchFunctionMode):
             if name == "sdpa":
                 # F.scaled_dot_product_attention follows, perhaps with repeated keys
                 self._shown = query, key, value
-                return function(module, query, key, value, *args, **kwargs)
+                try:
+                    return function(module, query, key, value, *args, **kwargs)
+                finally:
+                    self._shown = None
             return self._eager(name, function, module, query, key, value, *args, **kwargs)
 
         return seen

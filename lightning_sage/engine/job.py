@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from lightning_sage.buffers import random_state_kept
 from lightning_sage.engine.arguments import Arguments
 from lightning_sage.engine.drops import Seed
 from lightning_sage.engine.intercept import Handler, Tap
-from lightning_sage.engine.modes import Modes
+from lightning_sage.engine.modes import Modes, attributes_kept
+from lightning_sage.engine.positions import Counter
 from lightning_sage.engine.replay import Crossing
 from lightning_sage.engine.sides import Sides, unheard
 from lightning_sage.engine.wrapped import Learned, Parts, Wrapped
@@ -79,8 +80,11 @@ class Job:
         self.modes = Modes(parts.modules)
         self.parameters = parts.trainable()
         self.versions = wrapped.versions(parts.parameters)
-        self.kind = self.modes.values, arguments.signature
+        trained = [x.requires_grad for x in parts.parameters]
+        self.kind = self.modes.values, tuple(trained), arguments.signature
         self.learned = Learned()
+        # shapes of what the forward drew for no token in particular
+        self.drawn: list[torch.Size] = []
         self.attentions: list[tuple[bool, int, int]] = []
         self.valid_count = 0
         # rows that the policy would keep by itself, and what ranks agreed on
@@ -109,6 +113,17 @@ class Job:
         self.learned = learned
         if learned.pairs:
             self.arguments.need_pairs()
+
+    def counter(self, rows: Rows) -> Counter | None:
+        """What tells a replay of these rows where they stand, if the block asks."""
+        if not self.learned.positional:
+            return None
+        buffers = (x for m in self.parts.modules for x in m._buffers.values() if x is not None)
+        return Counter(rows, (*self.parts.parameters, *buffers))
+
+    def tables_kept(self) -> AbstractContextManager[None]:
+        """What a block that counts its tokens has cached is afterwards what it was."""
+        return attributes_kept(self.parts.modules) if self.learned.positional else nullcontext()
 
     def own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the block's own forward returns."""
@@ -230,7 +245,7 @@ class Job:
 
     def forget_output(self) -> None:
         """Drop what :func:`Job.run` remembered."""
-        self._outputs = None
+        self._outputs, self.outlets = None, {}
 
     def packed_call(
         self, rows: Rows, hidden: Tensor, leaves: dict[int, Tensor]

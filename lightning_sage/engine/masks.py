@@ -111,9 +111,13 @@ def cross_visibility(mask: Tensor, valid: Tensor) -> Visibility:
 class Looked:
     """A mask that was looked at, and what it means; it may be gone by now, and is not held."""
 
-    def __init__(self, mask: Tensor, valid: Tensor, visible: Visibility) -> None:
+    def __init__(
+        self, mask: Tensor, valid: Tensor, visible: Visibility, told: tuple[bool, bool]
+    ) -> None:
         self.storage = StorageWeakRef(mask.untyped_storage())
         self.marks, self.valid, self.visible = self._marks(mask), valid, visible
+        # whether causal order was asked for, and whether keys are those of another sequence
+        self.told = told
 
     @staticmethod
     def _marks(mask: Tensor) -> tuple[Any, ...]:
@@ -160,8 +164,9 @@ class Looks:
             self._flash = [*self._flash[-3:], (mask, valid, found)] if remember else self._flash
             return found
         for known in self._masks:
-            if known.is_of(mask, valid):
+            if known.is_of(mask, valid) and known.told == (causal, crosses):
                 return known.visible
         found = cross_visibility(mask, valid) if crosses else visibility(mask, causal, valid)
-        self._masks = [*self._masks[-3:], Looked(mask, valid, found)] if remember else self._masks
+        if remember:
+            self._masks = [*self._masks[-3:], Looked(mask, valid, found, (causal, crosses))]
         return found

@@ -48,6 +48,23 @@ class Modes:
                 x.requires_grad_(False)
 
 
+@contextmanager
+def attributes_kept(modules: list[nn.Module]) -> Iterator[None]:
+    """Modules have afterwards the buffers and attributes that they had, whatever they cached.
+
+    A block that is told other positions in a replay may grow its tables from them.
+    """
+    before = [(m, dict(m.__dict__), dict(m._buffers)) for m in modules]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in before:
+            module._buffers.update(buffers)
+            for name in module.__dict__.keys() - attributes.keys():
+                del module.__dict__[name]
+            module.__dict__.update(attributes)
+
+
 def _values(modules: list[nn.Module]) -> tuple[Any, ...]:
     # asked in every call of every block: most modules are no layers of PEFT
     adapters = [

@@ -46,6 +46,10 @@ class Crossing(NamedTuple):
 
 
 ALONE = Crossing()
+TRAINED_BIAS = (
+    "its attention has a bias that is trained, of which attention='full' would need the entries at "
+    "all keys: use attention='salient', or freeze it"
+)
 
 
 class Recorder(Drops):
@@ -251,10 +255,7 @@ class Replayer(Drops):
         found: Tensor
         if call.mask is not None and call.mask.requires_grad:
             if kept.k is not None:
-                raise ReplayError(
-                    "its attention has a bias that is trained, of which attention='full' would "
-                    "need the entries at all keys: use attention='salient', or freeze it"
-                )
+                raise ReplayError(TRAINED_BIAS)
             dropped = self.weights_dropped(call.dropout)
             keys = key_rows(kept, self.rows)
             v = call.v.repeat_interleave(width[0] // call.v.shape[1], dim=1)

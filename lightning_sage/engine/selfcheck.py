@@ -48,7 +48,7 @@ def first_call(job: Job) -> None:
     # not in a look at the gradient, which may be of a part of the batch
     call = wrapped.index, session.calls[wrapped.index]
     counts = session.measure_dense and call not in session.dense_bytes
-    counts = counts and session.probe is None
+    counts = counts and session.probe is None and not session.recalls
     if not checks:
         latest = next(reversed(wrapped.checked.values()))
         job.learn(wrapped.checked.get(job.kind, latest))
@@ -147,11 +147,18 @@ def _compare_replay(
     """
     replayer = Replayer(Seed(1), rows, [x.keep(rows, False, None) for x in seen])
     replayer.weights_too = False
-    replayer.positions = rows.token if job.learned.positional else None
+    replayer.counter = job.counter(rows)
     comparer = Comparer(rows, seen, _finite(out, rows), replayer, job.learned.pairs)
     comparer.routed, comparer.drawn = routed, drawn
+    comparer.full = job.session.policy.attention == "full"
     own = ops.gather_rows(hidden, rows.index)
-    again = _replayed(job, comparer, rows, own)
+    with job.tables_kept():
+        again = _replayed(job, comparer, rows, own)
+    if replayer.counter is not None:
+        counted = replayer.counter.answered
+        if job.learned.counted not in (0, counted):
+            raise ReplayError("how often it counts its tokens depends on how many rows there are")
+        job.learn(replace(job.learned, counted=counted))
     if comparer.calls != len(seen):
         raise ReplayError(
             f"its replay made {comparer.calls} attention calls where the forward made {len(seen)}"
@@ -277,7 +284,7 @@ def _more(job: Job, out: Tensor, valid: Tensor, rows: Rows) -> Iterator[Rows]:
     found = [few(rows)]
     if job.learned.positional:
         # the places that were left out: a block may count from the end, or to it
-        found.append(Rows.of(half(valid, ends=True)))
+        found += [Rows.of(half(valid, ends=True)), Rows.of(valid)]
     for others in found:
         # parts that are sharded by themselves are gathered by all ranks at the same time
         if not job.wrapped.nested and bool(_finite(out, others).any()):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from lightning_sage import ops
 from lightning_sage.balance import Agreement, Budget, fit_kept
 from lightning_sage.engine import towers
+from lightning_sage.engine.choice import Choice, Probe
 from lightning_sage.engine.drops import Seed
 from lightning_sage.engine.facts import Facts, Judged
 from lightning_sage.engine.flash import FlashMask
@@ -26,49 +28,10 @@ from lightning_sage.policy import SagePolicy
 from lightning_sage.records import BlockRecord
 from lightning_sage.selections import Chosen
 
+# calls blocks where nobody does
+_NOBODY = nn.Identity()
 # draws of one seed that must not be the same numbers
 KEEP_STREAM, REPLAY_STREAM = -1, -2
-
-
-class Choice(NamedTuple):
-    """What a block keeps.
-
-    Attributes:
-        kept: The rows, ``[B, T]``.
-        rows: The same, packed.
-        scores: The saliency, ``[B, T]``, where the policy uses one.
-        wanted: How many rows the policy would have kept by itself.
-        budget: What ranks agreed on, if anything.
-    """
-
-    kept: Chosen
-    rows: Rows
-    scores: Tensor | None
-    wanted: Tensor | int
-    budget: Budget | None
-
-
-class Probe:
-    """A pass over a batch that asks for gradients of block parameters only (see `probe.py`).
-
-    Args:
-        dense: Whether every token is kept and replayed, whatever the policy says.
-
-    Attributes:
-        parameters: By block, the tensors that its forward used.
-    """
-
-    def __init__(self, dense: bool) -> None:
-        self.dense = dense
-        self.parameters: dict[str, list[Tensor]] = {}
-
-    def note(self, name: str, parameters: list[Tensor], seed: Seed) -> None:
-        """Remember the parameters of a call, and draw its seed.
-
-        Drawn in every pass, and in order: a dense and a sparse pass drop the same activations.
-        """
-        self.parameters[name] = parameters
-        int(seed)
 
 
 class Session:
@@ -90,6 +53,8 @@ class Session:
         self.force_check = False
         self.strict = True
         self.told_of_padding = False
+        # whether a checkpoint computes blocks again
+        self.recalls = False
         self.measure_dense = False
         self.dense_bytes: dict[tuple[int, int], int] = {}
         self.skip_rows: tuple[Tensor, Rows] | None
@@ -99,12 +64,14 @@ class Session:
         # the modules being called, outermost first, and what each was told, by its callers too
         self._inside: dict[nn.Module, dict[str, Any]] = {}
         self._looks = Looks()
+        self._recalled: dict[int, dict[str, Any]] = {}
         self._facts: list[Facts] = []
         self.skip_rows = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle take along: nothing that belongs to a forward under way."""
-        passing = ("_inside", "_looks", "_facts", "batch", "records", "skip_rows", "agreement")
+        passing = {"_inside", "_looks", "_facts", "_recalled"}
+        passing |= {"batch", "records", "skip_rows", "agreement"}
         return {name: value for name, value in vars(self).items() if name not in passing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -130,7 +97,7 @@ class Session:
         if not self._inside or module in self._inside:
             self._reset()
             self.calls = Counter()
-        said = towers.handed_on(self._told(), args, kwargs)
+        said = towers.handed_on(self.told(), args, kwargs)
         self._inside[module] = said
         if torch.is_grad_enabled():
             config = getattr(module, "config", None)
@@ -165,6 +132,8 @@ class Session:
         """Remember what a block did; those of an earlier forward pass go with its first."""
         # outside of any forward seen from above calls are not counted
         call = self.calls[place] if self._inside else 0
+        if self.recalls:
+            call = max(call - 1, 0)
         if call == 0 and not any(self.calls.values()):
             self.records = {}
         self.records[place, call] = record
@@ -178,17 +147,32 @@ class Session:
         if not self._inside:
             self._reset()
 
+    def remember(self, place: int) -> None:
+        """What a block is told now, for a checkpoint that computes it again."""
+        self._recalled[place] = self.told()
+
+    @contextmanager
+    def recalling(self, place: int) -> Iterator[None]:
+        """Inside, a block is computed again, knowing what it was told."""
+        before = self._inside, self.recalls
+        if not self._inside and place in self._recalled:
+            self._inside, self.recalls = {_NOBODY: self._recalled[place]}, True
+        try:
+            yield
+        finally:
+            self._inside, self.recalls = before
+
     @property
     def wants_routers(self) -> bool:
         """Whether a caller asked for router logits, for a loss on them."""
-        return bool(self._told().get("routers"))
+        return bool(self.told().get("routers"))
 
-    def _told(self) -> dict[str, Any]:
+    def told(self) -> dict[str, Any]:
         """What the innermost module that is being called was told."""
         return next(reversed(self._inside.values()), None) or towers.handed_on({}, (), self.batch)
 
     def _heard(self, name: str) -> Any:
-        told = self._told()
+        told = self.told()
         if told.get("side") == "decoder" and name == "attention_mask":
             return told[name]
         if told.get("side") == "encoder" and name == "labels":
@@ -200,7 +184,7 @@ class Session:
         B, T, _ = hidden.shape
         mask, labels = self._heard("attention_mask"), self._heard("labels")
         versions = (x._version if isinstance(x, Tensor) else None for x in (mask, labels))
-        told = map(self._told().get, ("side", "tower"))
+        told = map(self.told().get, ("side", "tower"))
         heard = (B, T, hidden.device, mask, labels, self._heard("owner"), *told, *versions)
         for known in self._facts:
             if known.about(heard):
@@ -238,7 +222,7 @@ class Session:
             causal: Whether tokens see no later ones.
         """
         owner = self._heard("owner") or " ".join(type(module).__name__ for module in self._inside)
-        side = "tower" if self._heard("tower") else self._told().get("side")
+        side = "tower" if self._heard("tower") else self.told().get("side")
         heard = Heard(self._heard("labels"), owner, side)
         return loss_rows(self.policy.queries, heard, valid, causal)
 

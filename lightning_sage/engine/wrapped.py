@@ -26,12 +26,14 @@ class Learned:
     Attributes:
         crossing: Which attention calls are to another sequence, where lengths do not tell.
         positional: Whether the block counts its tokens by itself, to know where they stand.
+        counted: How often, in a replay.
         pairs: Whether a replay has to see the entries of masks and biases.
         outlets: Which of its outputs, besides hidden states, carry a gradient to its parameters.
     """
 
     crossing: frozenset[int] = frozenset()
     positional: bool = False
+    counted: int = 0
     pairs: bool = False
     outlets: tuple[int, ...] = ()
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_sage.buffers import buffers_undo
-from lightning_sage.engine.session import Probe
+from lightning_sage.engine.choice import Probe
 from lightning_sage.engine.wrapped import ATTRIBUTE, hooks_off
 from lightning_sage.install import Installation
 from lightning_sage.policy import SagePolicy
