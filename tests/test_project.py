@@ -99,10 +99,11 @@ MAY_IMPORT = {
     },
     "engine/dense_bytes": {"torch", "engine/job", "memory"},
     "engine/trial": {"torch", "ops"},
+    "engine/graph": {"torch", "engine/job"},
     "engine/selfcheck": {
         "torch", "buffers", "engine/comparer", "engine/dense_bytes", "engine/drops",
-        "engine/facts", "engine/intercept", "engine/job", "engine/replay", "engine/seen",
-        "engine/sides", "engine/trial", "engine/wrapped", "errors", "ops",
+        "engine/facts", "engine/graph", "engine/intercept", "engine/job", "engine/replay",
+        "engine/seen", "engine/sides", "engine/trial", "engine/wrapped", "errors", "ops",
     },
     "engine/backward": {
         "torch", "balance", "engine/cache", "engine/job", "engine/replay", "engine/session",

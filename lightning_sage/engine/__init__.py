@@ -4,7 +4,7 @@ In the order of reading: `axes`, `streams` and `arguments` (what a block is call
 its tokens are); `intercept` with `attention_call`, `flash`, `follow`, `torch_attention` and
 `positions` (how attention is seen); `drops`, `seen`, `sparse` and `replay` (what attention and
 dropout do in a dense forward and in a replay); `packing` and `cache` (what waits in between);
-`facts`, `masks`, `loss_rows`, `towers`, `saliency` and `session` (what is known of the batch, and
+`facts`, `masks`, `loss_rows`, `towers`, `saliency`, `session` (what is known of the batch, and
 what is kept); `requests` and `sides` (what callers ask for); `modes`, `wrapped` and `job` (one
-call); `comparer`, `trial`, `dense_bytes` and `selfcheck` (its first one); `backward` and `block`.
+call); `comparer`, `trial`, `graph`, `dense_bytes`, `selfcheck` (its first); `backward` and `block`.
 """

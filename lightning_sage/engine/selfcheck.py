@@ -22,6 +22,7 @@ from lightning_sage.engine.comparer import Comparer, NeedsPairs, norms, random_n
 from lightning_sage.engine.dense_bytes import dense_bytes
 from lightning_sage.engine.drops import Seed
 from lightning_sage.engine.facts import Facts
+from lightning_sage.engine.graph import graph_leaves, outlets, tell_of_attributes
 from lightning_sage.engine.intercept import Tap
 from lightning_sage.engine.replay import Crossing, Replayer
 from lightning_sage.engine.seen import BY_HAND, Seen, Written
@@ -213,13 +214,14 @@ def _replayed(job: Job, comparer: Comparer, rows: Rows, own: Tensor) -> Tensor:
                 f"its replay on some rows raised {type(error).__name__}: "
                 f"{error or 'without a word'}; leave the block dense with dense_blocks"
             ) from error
-        job.learn(replace(job.learned, outlets=_outlets(job, own)))
+        job.learn(replace(job.learned, outlets=outlets(job, own)))
+    tell_of_attributes(job)
     known = {id(x) for x in (own, *leaves.values(), *job.parts.trainable())}
     # where parts are sharded by themselves, the replay hands gradients to whatever is there
     lost = (
         []
         if job.wrapped.nested
-        else [list(x.shape) for x in _graph_leaves(out) if id(x) not in known]
+        else [list(x.shape) for x in graph_leaves(out) if id(x) not in known]
     )
     if lost:
         raise ReplayError(
@@ -228,32 +230,6 @@ def _replayed(job: Job, comparer: Comparer, rows: Rows, own: Tensor) -> Tensor:
             "or pass them as arguments"
         )
     return out.detach()
-
-
-def _outlets(job: Job, own: Tensor) -> tuple[int, ...]:
-    """Outputs of pairs of tokens that carry a gradient to parameters, whatever the tokens are.
-
-    Attention weights depend on the tokens; a loss on them is refused elsewhere.
-    """
-    found: list[int] = []
-    for i, x in job.outlets.items():
-        (through,) = torch.autograd.grad(x.sum(), own, allow_unused=True, retain_graph=True)
-        if through is None:
-            found.append(i)
-    return tuple(found)
-
-
-def _graph_leaves(out: Tensor) -> Iterator[Tensor]:
-    """Tensors in which the graph of `out` ends."""
-    stack, seen = [out.grad_fn], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
-        stack.extend(following for following, _ in node.next_functions)
 
 
 def _watching(found: list[str], called: set[str], device: torch.device) -> type[Tap]:

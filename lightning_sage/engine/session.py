@@ -55,6 +55,7 @@ class Session:
         self.told_of_padding = False
         # whether a checkpoint computes blocks again
         self.recalls = False
+        self._recalled: dict[int, dict[str, Any]] = {}
         self.measure_dense = False
         self.dense_bytes: dict[tuple[int, int], int] = {}
         self.skip_rows: tuple[Tensor, Rows] | None
@@ -64,7 +65,6 @@ class Session:
         # the modules being called, outermost first, and what each was told, by its callers too
         self._inside: dict[nn.Module, dict[str, Any]] = {}
         self._looks = Looks()
-        self._recalled: dict[int, dict[str, Any]] = {}
         self._facts: list[Facts] = []
         self.skip_rows = None
 
@@ -76,7 +76,7 @@ class Session:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.batch, self.records, self.agreement = {}, {}, None
+        self.batch, self.records, self.agreement, self._recalled = {}, {}, None, {}
         self._reset()
 
     def listen(self, model: nn.Module, blocks: set[nn.Module]) -> None:
@@ -96,7 +96,7 @@ class Session:
         # torch calls no hook after a KeyboardInterrupt: a module is never inside itself
         if not self._inside or module in self._inside:
             self._reset()
-            self.calls = Counter()
+            self.calls, self._recalled = Counter(), {}
         said = towers.handed_on(self.told(), args, kwargs)
         self._inside[module] = said
         if torch.is_grad_enabled():
@@ -130,10 +130,11 @@ class Session:
 
     def note(self, place: int, record: BlockRecord) -> None:
         """Remember what a block did; those of an earlier forward pass go with its first."""
+        # the backward pass belongs to the call that a checkpoint computes again
+        if self.recalls:
+            return
         # outside of any forward seen from above calls are not counted
         call = self.calls[place] if self._inside else 0
-        if self.recalls:
-            call = max(call - 1, 0)
         if call == 0 and not any(self.calls.values()):
             self.records = {}
         self.records[place, call] = record
