@@ -204,6 +204,7 @@ def test_adapters_are_exact(which, padding, mode):
     assert_exact(which, padding, mode)
 
 
+@pytest.mark.coverage
 @pytest.mark.parametrize("which", RARE)
 def test_rarer_adapters_are_exact(which):
     assert_exact(which, "right", "salient")

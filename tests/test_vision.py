@@ -43,8 +43,14 @@ KEEPS = {
     "random": {"keep": RandomTokens(0.4), "keep_loss_rows": False},
     "drawn": {"keep": AllTokens(), "replay": ImportanceSampling(0.4)},
 }
+# by default those that stand for the others
+REPRESENTATIVES = ["vit", "dinov2", "clip-pair", "llava", "gemma3", "idefics3", "qwen2_vl"]
 CASES = [
-    pytest.param(name, padding, options, id="-".join([name, padding or "unpadded", adaptation]))
+    pytest.param(
+        *(name, padding, options),
+        id="-".join([name, padding or "unpadded", adaptation]),
+        marks=[] if name in REPRESENTATIVES else pytest.mark.coverage,
+    )
     for name in MODELS
     for padding in pictures.paddings(name)
     for adaptation, options in ADAPTATIONS.items()
