@@ -1,5 +1,6 @@
 """Several ranks on one CPU: forked processes in a gloo group, none of which can outlive a test."""
 
+import ctypes
 import io
 import multiprocessing
 import os
@@ -137,3 +138,8 @@ def free_port():
 def whole(x):
     """A tensor, gathered where it is sharded; all ranks have to ask."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def return_freed_memory():
+    """Give the system what other tests have freed, so that what is held next is seen to be held."""
+    ctypes.CDLL(None).malloc_trim(0)

@@ -11,7 +11,7 @@ from torch import nn
 import lightning_sage.memory
 from lightning_sage import PeakMemory, SavedBytes
 from lightning_sage.memory import current_bytes, in_use, peak_bytes, reset_peak
-from processes import ranks
+from processes import ranks, return_freed_memory
 
 CPU = torch.device("cpu")
 SIZE = 200 * 2**20
@@ -135,6 +135,7 @@ def test_phases_have_names():
 @pytest.mark.parametrize("reset", [False, True])
 def test_a_process_is_seen_to_hold_and_to_let_go(reset):
     def child(rank):
+        return_freed_memory()
         metric = PeakMemory(reset=reset)
         base = current_bytes(CPU)
         held = torch.ones(SIZE, dtype=torch.uint8)
@@ -163,6 +164,7 @@ def test_a_process_is_seen_to_hold_and_to_let_go(reset):
 @on_linux
 def test_without_resets_the_peak_of_the_process_stays():
     def child(rank):
+        return_freed_memory()
         held = torch.ones(SIZE, dtype=torch.uint8)
         del held
         before = peak_bytes(CPU)

@@ -27,7 +27,9 @@ class Seed:
 
     def __int__(self) -> int:
         if self.value is None:
-            self.value = int(torch.randint(2**31, ()))
+            # ours, and not a draw of the block that may be running in sight of a tap
+            with torch._C.DisableTorchFunction():
+                self.value = int(torch.randint(2**31, ()))
         return self.value
 
 
