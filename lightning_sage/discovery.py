@@ -75,23 +75,24 @@ def left_dense(model: nn.Module) -> dict[str, str]:
 
 def left_dense_blocks(model: nn.Module, policy: SagePolicy) -> dict[str, nn.Module]:
     """The layers of :func:`left_dense`; none where the policy names blocks."""
-    names = left_dense(model) if policy.blocks is None else ()
-    return {name: model.get_submodule(name) for name in names}
+    left = left_dense(model) if policy.blocks is None else {}
+    return {name: module for name, module in _modules(model) if name in left}
 
 
 def tell_of_left_dense(model: nn.Module) -> None:
     """Say which layers are left dense although they are trained, or gradients pass through them."""
-    by_reason: dict[str, list[str]] = {}
+    modules = dict(_modules(model))
+    by_reason: dict[str, dict[str, nn.Module]] = {}
     for name, reason in left_dense(model).items():
-        layer = model.get_submodule(name)
+        layer = modules[name]
         # a frozen tower in front of the model saves nothing
         if "one row" not in reason or any(p.requires_grad for p in layer.parameters()):
-            by_reason.setdefault(reason, []).append(name)
-    for reason, names in by_reason.items():
-        kinds = ", ".join(sorted({type(model.get_submodule(n)).__name__ for n in names}))
-        first, *_, last = [*names, *names]
+            by_reason.setdefault(reason, {})[name] = layer
+    for reason, layers in by_reason.items():
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers.values()}))
+        first, *_, last = [*layers, *layers]
         warnings.warn(
-            f"{len(names)} blocks, '{first}' to '{last}' ({kinds}), {reason} and are left dense: "
+            f"{len(layers)} blocks, '{first}' to '{last}' ({kinds}), {reason} and are left dense: "
             "they save what a dense step saves",
             stacklevel=3,
         )

@@ -53,8 +53,7 @@ def conflicts(model: nn.Module, blocks: Mapping[str, nn.Module]) -> Iterator[str
 
 def in_checkpoint() -> bool:
     """Whether `checkpoint(..., use_reentrant=False)` will compute this forward again."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")
+    return "_checkpoint_hook" in _saving()
 
 
 def recomputed_reentrantly() -> bool:
@@ -65,8 +64,13 @@ def recomputed_reentrantly() -> bool:
     if torch._C._current_graph_task_id() == -1:
         return False
     # the other kind of checkpoint recomputes under hooks of its own
+    return "_recomputation_hook" not in _saving()
+
+
+def _saving() -> str:
+    """The name of what takes the tensors that are saved for backward; empty where they stay."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return "_recomputation_hook" not in getattr(hooks and hooks[0], "__qualname__", "")
+    return getattr(hooks and hooks[0], "__qualname__", "")
 
 
 def _reentrant(module: nn.Module) -> bool:

@@ -62,7 +62,9 @@ MAY_IMPORT = {
         "torch", "engine/attention_call", "engine/flash", "engine/follow", "engine/positions",
         "engine/torch_attention",
     },
-    "engine/drops": {"torch", "engine/attention_call", "engine/positions", "errors", "ops"},
+    "engine/drops": {
+        "torch", "engine/attention_call", "engine/follow", "engine/positions", "errors", "ops",
+    },
     "engine/packing": {"torch", "ops"},
     "engine/seen": {
         "torch", "engine/attention_call", "engine/follow", "engine/packing", "errors", "ops",

@@ -117,11 +117,11 @@ def _prepared(
             "loss on them would have no gradient: switch it off"
         )
     arguments = Arguments.of(block, args, kwargs)
-    parts = Parts(block)
     hidden = arguments.leaves[arguments.hidden]
     # of one token nothing can be left out, and no shape tells its pairs from one for all
     if hidden.shape[1] == 1 and (arguments.others or arguments.real):
         return None
+    parts = Parts(block)
     if not (parts.slots or arguments.differentiable() or hidden.requires_grad):
         return None
     if wrapped.nested is None:

@@ -12,7 +12,7 @@ from lightning_sage.engine.attention_call import AttentionCall
 from lightning_sage.engine.axes import Axis, packed_argument
 from lightning_sage.engine.follow import Weights
 from lightning_sage.engine.replay import TRAINED_BIAS, Replayer
-from lightning_sage.engine.seen import Kept, Seen, Written, rows_at, with_sinks
+from lightning_sage.engine.seen import Kept, Seen, Written, rows_at, sunk
 from lightning_sage.engine.sparse import probabilities
 from lightning_sage.errors import ReplayError
 from lightning_sage.ops import Rows, Sight, reference
@@ -28,6 +28,12 @@ def norms(x: Tensor) -> Tensor:
     """Euclidean norm of each row, ``[N]`` float64."""
     found: Tensor = x.double().flatten(1).norm(dim=1)
     return found
+
+
+def _sizes(want: Tensor) -> Tensor:
+    """What errors of rows are relative to, ``[N]``; of a row that is nearly nothing, to others."""
+    size = norms(want)
+    return size + 1e-3 * size.max()
 
 
 def random_numbers(drawn: list[str]) -> ReplayError:
@@ -124,9 +130,8 @@ class Comparer:
             for name, rows in (("q", self.rows), ("k", keys), ("v", keys)):
                 want = rows_at(getattr(seen.call, name), rows)
                 got = getattr(call, name)[0].transpose(0, 1)
-                size = norms(want) + 1e-3 * norms(want).max()
-                self.judge(f"attention input {name}", got, want, size)
-            if call.mask is not None and call.mask.requires_grad:
+                self.judge(f"attention input {name}", got, want, _sizes(want))
+            if trained and call.mask is not None:
                 self._judge_bias(call.mask.detach(), seen)
             self._judge_function(seen, kept.out.values, kept.lse)
         return self.replayer.attention(call)
@@ -157,17 +162,16 @@ class Comparer:
             )
         out = apart | hidden
         got, want = (x.masked_fill(out, 0.0)[0].transpose(0, 1) for x in (bias, want))
-        self.judge("attention bias", got, want, norms(want) + 1e-3 * norms(want).max())
+        self.judge("attention bias", got, want, _sizes(want))
 
     def _judge_function(self, seen: Seen, want: Tensor, lse: Tensor) -> None:
         """The attention as understood here against what the model computed."""
         q, v = rows_at(seen.call.q, self.rows), rows_at(seen.call.v, seen.keys)
         sight = Sight(self.rows, seen.keys, seen.visible)
-        got, alone = reference.attention_forward(q, seen.key_rows(), v, sight, seen.how)
-        total = with_sinks(alone, seen.call.sinks)
-        got = got * (alone - total).exp()[..., None].to(got.dtype)
+        alone = reference.attention_forward(q, seen.key_rows(), v, sight, seen.how)
+        got, total = sunk(*alone, seen.call.sinks)
         hint = f"; it is attention of {seen.call.q.shape[1]} heads with something unknown in it"
-        self.judge("attention output", got, want, norms(want) + 1e-3 * norms(want).max(), hint)
+        self.judge("attention output", got, want, _sizes(want), hint)
         close = torch.ones_like(lse[:, 0]) * lse.shape[1] ** 0.5
         self.judge("log-sum-exp", total.to(lse.dtype), lse, close + norms(lse), hint)
 
@@ -179,7 +183,7 @@ class Comparer:
         Raises:
             ReplayError: They are not the same.
         """
-        if all(one.number != weights.number for one in self.replayer.kept):
+        if not self.replayer.knows(weights):
             return given(x)
         seen, kept = self._next()
         if isinstance(seen, Seen):
@@ -192,7 +196,7 @@ class Comparer:
         rows, keys = self.rows, self._keys(seen)
         by_head = values.reshape(1, -1, *values.shape[-2:])[0].transpose(0, 1)
         want = rows_at(seen.values, keys)
-        self.judge("attention values", by_head, want, norms(want) + 1e-3 * norms(want).max())
+        self.judge("attention values", by_head, want, _sizes(want))
         logits = weights.logits.reshape(1, -1, *weights.logits.shape[-2:])
         got = probabilities(logits.to(kept.lse.dtype), kept.lse, rows, keys)[0].transpose(0, 1)
         heads = range(logits.shape[1])
@@ -202,4 +206,4 @@ class Comparer:
         self.judge("attention weights", got, want, norms(whole))
         sums = torch.einsum("nhs,nhse->nhe", whole, seen.values[rows.sample].to(whole.dtype))
         out = kept.out.values
-        self.judge("attention output", sums, out, norms(out) + 1e-3 * norms(out).max())
+        self.judge("attention output", sums, out, _sizes(out))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_sage import ops
 from lightning_sage.engine.attention_call import AttentionCall
+from lightning_sage.engine.follow import Weights
 from lightning_sage.engine.positions import Counter
 from lightning_sage.errors import ReplayError
 from lightning_sage.ops import Dropout, How, Rows
@@ -67,6 +68,10 @@ class Drops:
         dropped = ops.row_dropout(flat, self.rows.index, int(self.seed), self.drops, p)
         self.drops += 1
         return dropped.view(x.shape)
+
+    def softmax(self, weights: Weights, given: Callable[[], Tensor]) -> Tensor:
+        """As the block computes it."""
+        return given()
 
     def draw(self, func: Callable[..., Tensor], args: Any, kwargs: dict[str, Any]) -> Tensor:
         """What a block draws for no token: the same in every pass."""

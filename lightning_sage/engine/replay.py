@@ -17,7 +17,7 @@ from lightning_sage.engine.attention_call import AttentionCall
 from lightning_sage.engine.drops import Drops, Seed
 from lightning_sage.engine.flash import FlashMask
 from lightning_sage.engine.follow import Weights
-from lightning_sage.engine.seen import Kept, Seen, Written, rows_at, with_sinks
+from lightning_sage.engine.seen import Kept, Seen, Written, rows_at, sunk
 from lightning_sage.engine.sparse import (
     LogitsAttention,
     SparseAttention,
@@ -118,10 +118,8 @@ class Recorder(Drops):
         if how.dropout is not None:
             sight = Sight(self.rows, keys, visible)
             k, v = (rows_at(x, keys) for x in (call.k, call.v))
-            rows, by_row = ops.attention_forward(packed(call.q), k, v, sight, how)
-            if call.sinks is not None:
-                alone, by_row = by_row, with_sinks(by_row, call.sinks)
-                rows = rows * (alone - by_row).exp()[..., None].to(rows.dtype)
+            alone = ops.attention_forward(packed(call.q), k, v, sight, how)
+            rows, by_row = sunk(*alone, call.sinks)
             shape = (self.rows.B, self.rows.T)
             out = rows.unflatten(0, shape).transpose(1, 2)
             lse = by_row.unflatten(0, shape).transpose(1, 2)
@@ -138,10 +136,6 @@ class Recorder(Drops):
         """Whether logits are of all tokens, or of them and the other sequence's."""
         fits = leading % self.rows.B == 0 and queries == self.rows.T
         return fits and keys in (self.rows.T, self.crossing.others or self.rows.T)
-
-    def softmax(self, weights: Weights, given: Callable[[], Tensor]) -> Tensor:
-        """As the block computes it."""
-        return given()
 
     def product(
         self, weights: Weights, x: Tensor, values: Tensor, given: Callable[[Tensor], Tensor]
@@ -211,10 +205,6 @@ class PackedForward(Drops):
         """Whether logits are of the rows."""
         return queries == len(self.rows)
 
-    def softmax(self, weights: Weights, given: Callable[[], Tensor]) -> Tensor:
-        """As the block computes it."""
-        return given()
-
     def product(
         self, weights: Weights, x: Tensor, values: Tensor, given: Callable[[Tensor], Tensor]
     ) -> Tensor:
@@ -235,6 +225,10 @@ class Replayer(Drops):
         super().__init__(seed, rows, (1, len(rows)))
         self.kept, self.chosen = kept, chosen
         self.calls = 0
+
+    def knows(self, weights: Weights) -> bool:
+        """Whether weights made by hand were of attention in the forward."""
+        return any(one.number == weights.number for one in self.kept)
 
     def _next(self, width: tuple[int, int], dtype: torch.dtype) -> tuple[Kept, Tensor, Tensor]:
         """What the next attention call left, and its output and log-sum-exp at the rows."""
@@ -273,7 +267,7 @@ class Replayer(Drops):
 
     def softmax(self, weights: Weights, given: Callable[[], Tensor]) -> Tensor:
         """Of attention only the shape: its product is there already."""
-        if all(one.number != weights.number for one in self.kept):
+        if not self.knows(weights):
             return given()
         logits = weights.logits
         return logits.new_zeros(()).expand(logits.shape)
@@ -282,7 +276,7 @@ class Replayer(Drops):
         self, weights: Weights, x: Tensor, values: Tensor, given: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """The kept output, with its gradient for logits and values."""
-        if all(one.number != weights.number for one in self.kept):
+        if not self.knows(weights):
             return given(x)
         logits, by_head = (y.reshape(1, -1, *y.shape[-2:]) for y in (weights.logits, values))
         kept, out, lse = self._next((by_head.shape[1], by_head.shape[-1]), values.dtype)

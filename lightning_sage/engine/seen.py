@@ -195,6 +195,14 @@ def _stored(out: Tensor, rows: Rows, cache_dtype: str | None) -> Stored:
     return store(out.transpose(1, 2), rows, cache_dtype)
 
 
+def sunk(out: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention ``[N, H, E]`` and its log-sum-exp, of which sinks have their share."""
+    if sinks is None:
+        return out, lse
+    total = with_sinks(lse, sinks)
+    return out * (lse - total).exp()[..., None].to(out.dtype), total
+
+
 def with_sinks(lse: Tensor, sinks: Tensor | None) -> Tensor:
     """Log-sum-exp ``[N, H]`` with one more logit in each head, ``[H]``."""
     return lse if sinks is None else torch.logaddexp(lse, sinks.to(lse.dtype))

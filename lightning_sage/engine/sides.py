@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -32,11 +32,9 @@ def collected() -> dict[str, list[Any]]:
     return {key: x for key, x in found.items() if key not in _OUTSIDE and isinstance(x, list)}
 
 
-@contextmanager
-def unheard() -> Iterator[None]:
+def unheard() -> AbstractContextManager[None]:
     """What is called inside is not collected."""
-    with _collecting(None):
-        yield
+    return _collecting(None)
 
 
 @contextmanager

@@ -24,12 +24,12 @@ class Streams(NamedTuple):
         """Told by the other arguments, which run along the same tokens; None where they do not.
 
         Args:
-            x: The hidden states.
+            x: The hidden states, with four axes.
             others: The other arguments.
         """
         lengths = {y.shape[-1] if y.dim() == 4 else y.shape[1] for y in others if y.dim() > 1}
         between, behind = (x.shape[axis] in lengths for axis in (1, 2))
-        if x.dim() != 4 or between == behind:
+        if between == behind:
             return None
         return cls(x.shape[0] if behind else x.shape[2], behind)
 
