@@ -34,8 +34,11 @@ class SagePolicy:
         saliency: Score of a token: attention it receives, norm of its values, or their product.
         queries: Query rows whose attention counts: the loss-bearing ones (`auto`: learned from the
             model's `labels`), the last valid token, the labelled ones, or all.
-        attention: `salient` lets kept rows exchange gradient with kept rows only; `full` keeps
-            keys and values of every token, so that the queries' gradient is exact.
+        attention: Whose keys and values the replayed queries meet in the backward pass. `kept`:
+            those of every kept row, which learn as keys and values where they are not replayed
+            themselves (blocks that write attention out by hand, or have several: as `salient`).
+            `salient`: those of the replayed rows. `full`: those of every token, as constants
+            outside the replayed rows, for which keys and values are kept.
         sinks: First valid tokens of a sample that are always kept.
         keep_last: Always keep the last valid token.
         keep_loss_rows: Always keep the loss-bearing rows; where they alone exceed the budget of
@@ -57,7 +60,7 @@ class SagePolicy:
     replay: Replay = ImportanceSampling(0.5)
     saliency: Literal["attention", "value_norm", "attention_value_norm"] = "attention"
     queries: Literal["auto", "last", "labels", "all"] = "auto"
-    attention: Literal["salient", "full"] = "salient"
+    attention: Literal["kept", "salient", "full"] = "kept"
     sinks: int = 4
     keep_last: bool = True
     keep_loss_rows: bool = True
@@ -71,7 +74,7 @@ class SagePolicy:
         for name, choices in (
             ("saliency", ("attention", "value_norm", "attention_value_norm")),
             ("queries", ("auto", "last", "labels", "all")),
-            ("attention", ("salient", "full")),
+            ("attention", ("kept", "salient", "full")),
             ("unselected", ("identity", "skip")),
             ("cache_dtype", (None, "bf16", "int8", "fp8")),
         ):

@@ -20,6 +20,8 @@ class BlockRecord:
         seed: Of the block's dropout and draws; None where nothing was random.
         rows: ``[R]`` int64, the replayed rows, or None before a backward pass.
         factors: ``[R]``, what their branch gradient was multiplied by; None for 1.
+        keys: ``[M]`` int64, kept rows that were not replayed and learned as keys and values of
+            those that were; None where there are none.
     """
 
     name: str
@@ -29,6 +31,7 @@ class BlockRecord:
     seed: int | None = None
     rows: Tensor | None = None
     factors: Tensor | None = None
+    keys: Tensor | None = None
 
     @property
     def replayed(self) -> Tensor | None:

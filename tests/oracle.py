@@ -1,11 +1,12 @@
 """The gradient that lightning-sage promises, by brute force on the dense model.
 
 Every block of a dense copy is wrapped. With S the rows of the block that take part in the backward
-pass, w their weights (1/p for a row drawn with probability p, else 1; 0 outside S), H what enters
+pass, w their weights (1/p for a row drawn with probability p, else 1; 0 outside S), K the rows that
+learn as keys and values (S, or with ``attention="kept"`` all rows that were kept), H what enters
 and H' what leaves the block:
 
-* H, keys and values (with ``attention="salient"``: values, and the logits of the key columns) are
-  detached outside S, so that parameters and other rows learn nothing through them;
+* H, keys and values (but with ``attention="full"``: values, and the logits of the key columns) are
+  detached outside K, so that parameters and other rows learn nothing through them;
 * the output becomes ``H' detached + w (H' - H' detached) + (1 - w) (H - H detached)``, which has
   the value of H' and hands on w times its gradient to the block and 1 - w times to H. Inside S with
   w = 1 that is the block's own gradient, outside S the identity, and else
@@ -42,16 +43,37 @@ from torch.utils import _pytree as pytree
 
 @dataclass(frozen=True)
 class Rows:
-    """What one block replayed: weights [B, T], 0 where it did not, and the seed of its dropout."""
+    """What one block replayed: weights [B, T], 0 where it did not, and the seed of its dropout.
+
+    `others` [B, T] are rows that learned as keys and values alone.
+    """
 
     name: str
     weights: torch.Tensor
     seed: int | None = None
+    others: torch.Tensor | None = None
+
+    @property
+    def keys(self):
+        """Rows whose keys and values are no constants."""
+        return (self.weights > 0) if self.others is None else (self.weights > 0) | self.others
 
 
 def replayed(records):
     """`Rows` of an installation's records, after a backward pass."""
-    return [Rows(r.name, _weights(r), r.seed) for r in records]
+    return [Rows(r.name, _weights(r), r.seed, _others(r)) for r in records]
+
+
+def _others(record):
+    if record.keys is None:
+        return None
+    return (
+        torch.zeros(record.kept.shape)
+        .flatten()
+        .index_fill(0, record.keys, 1)
+        .view(record.kept.shape)
+        > 0
+    )
 
 
 def _weights(record):
@@ -87,8 +109,11 @@ def _sparse(forward, calls, watch):
         weights = rows.weights.to(hidden.device)
         # a wide row a token, or one for each of several streams
         by_stream = hidden.dim() == 4 and hidden.shape[:2] == weights.shape
-        by_token = weights[..., None, None] if by_stream else weights[..., None]
-        frozen = frozen_outside(hidden, by_token > 0)
+        keys = rows.keys.to(hidden.device)
+        by_token, keys = (
+            x[..., None, None] if by_stream else x[..., None] for x in (weights, keys)
+        )
+        frozen = frozen_outside(hidden, keys)
         if args:
             args = (frozen, *args[1:])
         else:
@@ -204,8 +229,8 @@ class _Watch(TorchFunctionMode):
         B, T = self.rows.weights.shape
         if tuple(logits.shape[-2:]) != (T, T) or id(logits) not in self.tags.scores:
             return func(logits, *args, **kwargs)
-        assert self.attention == "salient", "attention by hand is defined for 'salient' only"
-        inside = (self.rows.weights > 0).to(logits.device)[:, None, None]
+        assert self.attention != "full", "attention by hand is not defined for 'full'"
+        inside = self.rows.keys.to(logits.device)[:, None, None]
         by_sample = logits.reshape(B, -1, T, T)
         logits = frozen_outside(by_sample, inside).view(logits.shape)
         shares = func(logits, *args, **kwargs)
@@ -216,7 +241,7 @@ class _Watch(TorchFunctionMode):
         """Arguments of a product of weights and values, these frozen."""
         assert id(args[0]) in self.tags.shares, f"weights do not come first in {name}"
         values, (B, T) = args[1], self.rows.weights.shape
-        inside = (self.rows.weights > 0).to(values.device)[:, None, :, None]
+        inside = self.rows.keys.to(values.device)[:, None, :, None]
         by_sample = values.reshape(B, -1, T, values.shape[-1])
         values = frozen_outside(by_sample, inside).view(values.shape)
         return (args[0], values, *args[2:])
@@ -282,13 +307,13 @@ class _Watch(TorchFunctionMode):
             logits = logits + position_bias
         if mask is not None and mask.dtype != torch.bool:
             logits, mask = logits + mask, None
-        if own and self.attention == "salient":
+        if own and self.attention != "full":
             logits = frozen_outside(logits, inside.transpose(-1, -2))
         return self._dropped(_softmax(logits, mask, s_aux), dropout).to(v.dtype) @ v
 
     def _inside(self, k):
         """The keys ``[B, 1, K, 1]`` that are in the rows, or not of this block."""
-        inside = (self.rows.weights > 0).to(k.device)
+        inside = self.rows.keys.to(k.device)
         others = k.shape[2] - inside.shape[1]
         return F.pad(inside, (0, others), value=True)[:, None, :, None]
 

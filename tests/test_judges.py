@@ -52,7 +52,7 @@ def _objective(p, hidden, base_p, base_hidden, cotangent, inside, mode):
     if mode == "full":
         k = torch.where(rows, k, base_k)
     logits = q @ k.mT / 8**0.5
-    if mode == "salient":
+    if mode != "full":
         logits = torch.where(rows.mT, logits, base_q @ base_k.mT / 8**0.5)
     causal = torch.ones(7, 7).tril().bool()
     y = logits.masked_fill(~causal, -torch.inf).softmax(-1) @ v

@@ -25,7 +25,7 @@ from lightning_sage import (
 )
 from steps import oracle_step, policy_of, run, sage_step, told_blocks
 
-MODES = ("salient", "full")
+MODES = ("kept", "salient", "full")
 ADAPTATIONS = {"full": False, "lora": True}
 KEEPS = {
     "keep0.3": {"keep": 0.3},

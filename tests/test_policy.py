@@ -149,7 +149,7 @@ def test_replay_by_gradient():
         ({"replay": AllTokens()}, "use it as keep"),
         ({"saliency": "entropy"}, "saliency must be one of attention"),
         ({"queries": "first"}, "queries must be one of auto"),
-        ({"attention": "none"}, "attention must be one of salient"),
+        ({"attention": "none"}, "attention must be one of kept"),
         ({"unselected": "drop"}, "unselected must be one of identity"),
         ({"sinks": -1}, "sinks must be a number of tokens, got -1"),
         ({"unselected": "skip", "attention": "full"}, "use attention='salient'"),

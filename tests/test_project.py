@@ -70,9 +70,13 @@ MAY_IMPORT = {
         "torch", "engine/attention_call", "engine/follow", "engine/packing", "errors", "ops",
     },
     "engine/sparse": {"torch", "engine/attention_call", "engine/seen", "ops"},
+    "engine/keys": {
+        "torch", "engine/attention_call", "engine/drops", "engine/follow", "engine/seen", "errors",
+        "ops",
+    },
     "engine/replay": {
         "torch", "engine/attention_call", "engine/drops", "engine/flash", "engine/follow",
-        "engine/seen", "engine/sparse", "errors", "ops",
+        "engine/keys", "engine/seen", "engine/sparse", "errors", "ops",
     },
     "engine/cache": {"torch", "engine/packing", "engine/seen", "ops"},
     "engine/facts": {"torch", "ops"},
@@ -104,12 +108,13 @@ MAY_IMPORT = {
     "engine/graph": {"torch", "engine/job"},
     "engine/selfcheck": {
         "torch", "buffers", "engine/comparer", "engine/dense_bytes", "engine/drops",
-        "engine/facts", "engine/graph", "engine/intercept", "engine/job", "engine/replay",
-        "engine/seen", "engine/sides", "engine/trial", "engine/wrapped", "errors", "ops",
+        "engine/facts", "engine/graph", "engine/intercept", "engine/job", "engine/keys",
+        "engine/replay", "engine/seen", "engine/sides", "engine/trial", "engine/wrapped", "errors",
+        "ops",
     },
     "engine/backward": {
-        "torch", "balance", "engine/cache", "engine/job", "engine/replay", "engine/session",
-        "engine/wrapped", "errors", "ops", "selections",
+        "torch", "balance", "engine/cache", "engine/job", "engine/keys", "engine/replay",
+        "engine/session", "engine/wrapped", "errors", "ops", "selections",
     },
     "engine/block": {
         "torch", "engine/arguments", "engine/backward", "engine/cache", "engine/facts",

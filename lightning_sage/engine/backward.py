@@ -13,6 +13,7 @@ from lightning_sage import ops
 from lightning_sage.balance import fit_replayed, least
 from lightning_sage.engine.cache import SparseCache
 from lightning_sage.engine.job import Job
+from lightning_sage.engine.keys import KeyRows, UpToAttention, key_rows
 from lightning_sage.engine.replay import Replayer
 from lightning_sage.engine.session import REPLAY_STREAM
 from lightning_sage.engine.wrapped import hooks_off
@@ -28,11 +29,13 @@ class _Part(NamedTuple):
         rows: The rows.
         picked: Which of the kept rows they are; None for all.
         weights: Of their gradient, ``[R]``, or None.
+        others: Kept rows whose keys and values learn from these; None where they do not.
     """
 
     rows: Rows
     picked: Tensor | None
     weights: Tensor | None
+    others: Tensor | None = None
 
 
 def _chosen_rows(job: Job, cache: SparseCache, grad: Tensor) -> _Part:
@@ -54,7 +57,13 @@ def _chosen_rows(job: Job, cache: SparseCache, grad: Tensor) -> _Part:
     record.rows, record.factors, record.seed = index, weights, job.seed.value
     if weights is not None:
         weights = weights.to(ops.wide(grad.dtype))
-    return _Part(Rows(index, job.B, job.T), picked, weights)
+    others = None
+    if picked is not None and job.makes_keys and len(picked):
+        left = torch.ones(len(cache.index), dtype=torch.bool, device=picked.device)
+        left.index_fill_(0, picked, False)
+        others = ops.picked(left, len(cache.index) - len(picked))
+        record.keys = cache.index.index_select(0, others)
+    return _Part(Rows(index, job.B, job.T), picked, weights, others)
 
 
 def _picked(
@@ -93,7 +102,7 @@ def _parts(job: Job, whole: _Part) -> Iterator[_Part]:
     A part has no more rows than a sample has tokens, or is one sample: its pairs are no more than
     those that a dense pass holds of one sample.
     """
-    rows, picked, weights = whole
+    rows, picked, weights, _ = whole
     if not job.learned.pairs or job.wrapped.nested or len(rows) <= job.T:
         yield whole
         return
@@ -133,25 +142,34 @@ def replay(
     for i in job.extra:
         leaves[i] = leaves[i].detach().requires_grad_()
     others = [leaves[i] for i in job.extra] + targets
-    through: list[Tensor] = []
+    through, as_keys = [], None
     rest: list[Tensor | None] = [None] * len(others)
     for part in _parts(job, whole) if len(whole.rows) else ():
         hidden = cache.hidden.some(part.picked, (job.C,), job.dtype).requires_grad_(wants[0])
         inputs = [hidden, *others] if wants[0] else others
-        found = _replayed(job, cache, leaves, part, grads, hidden, inputs)
+        keys = None
+        if part.others is not None:
+            keys = cache.hidden.some(part.others, (job.C,), job.dtype).requires_grad_(wants[0])
+            inputs = [keys, *inputs] if wants[0] else inputs
+        found = _replayed(job, cache, leaves, part, grads, (hidden, keys), inputs)
         if wants[0]:
-            own = found.pop(0)
-            through.append(torch.zeros_like(hidden) if own is None else own)
+            as_keys = None if keys is None else _zeros_for(found.pop(0), keys)
+            through.append(_zeros_for(found.pop(0), hidden))
         rest = [_sum(x, y) for x, y in zip(rest, found, strict=True)]
     # zeros and not None: sharding strategies wait for every rank's gradient
-    rest = [torch.zeros_like(x) if g is None else g for x, g in zip(others, rest, strict=True)]
+    rest = [_zeros_for(g, x) for x, g in zip(others, rest, strict=True)]
     if not wants[0]:
         return [None, *rest]
     if not through:
         return [grad, *rest]
-    # what comes in through the residual path is not weighted
     rows = torch.cat(through) if len(through) > 1 else through[0]
-    return [ops.scatter_rows(rows, whole.rows.index, grad, whole.weights), *rest]
+    # what comes in through the residual path is not weighted
+    into = ops.scatter_rows(rows, whole.rows.index, grad, whole.weights)
+    if as_keys is not None:
+        assert job.record is not None
+        assert job.record.keys is not None
+        into.flatten(0, 1).index_add_(0, job.record.keys, as_keys.to(into.dtype))
+    return [into, *rest]
 
 
 def _look_at_padding(job: Job, grad: Tensor) -> None:
@@ -171,6 +189,10 @@ def _look_at_padding(job: Job, grad: Tensor) -> None:
         )
 
 
+def _zeros_for(gradient: Tensor | None, x: Tensor) -> Tensor:
+    return torch.zeros_like(x) if gradient is None else gradient
+
+
 def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
     if x is None or y is None:
         return y if x is None else x
@@ -183,14 +205,28 @@ def _replayed(
     leaves: dict[int, Tensor],
     part: _Part,
     grads: Sequence[Tensor],
-    hidden: Tensor,
+    states: tuple[Tensor, Tensor | None],
     inputs: list[Tensor],
 ) -> list[Tensor | None]:
-    """Gradients of `inputs` through some rows, whose hidden states are `hidden`, ``[R, C]``."""
-    rows, picked, weights = part
+    """Gradients of `inputs` through some rows.
+
+    Args:
+        job: The call.
+        cache: What it left.
+        leaves: Its arguments besides the hidden states, by index.
+        part: The rows.
+        grads: See :func:`replay`.
+        states: Hidden states of the rows, ``[R, C]``, and of those that are keys alone.
+        inputs: What the gradients are of.
+    """
+    (rows, picked, weights, others), (hidden, keys) = part, states
     handler = Replayer(job.seed, rows, cache.attention, picked)
     handler.counter = job.counter(rows)
     with torch.enable_grad(), job.modes.restored(job.parameters):
+        if keys is not None:
+            assert picked is not None
+            assert others is not None
+            handler.key_rows = _keys(job, cache, leaves, (picked, others), keys)
         with job.sides.again() as sides, job.tables_kept():
             out = job.run(handler, *job.packed_call(rows, hidden, leaves))
         job.forget_output()
@@ -205,6 +241,23 @@ def _replayed(
         return _gradients(
             job, outputs, inputs, [g.to(x.dtype) for g, x in zip(weighted, outputs, strict=True)]
         )
+
+
+def _keys(
+    job: Job,
+    cache: SparseCache,
+    leaves: dict[int, Tensor],
+    places: tuple[Tensor, Tensor],
+    hidden: Tensor,
+) -> KeyRows:
+    """Keys and values of all kept rows: `places` says which are replayed, and which are not."""
+    kept = Rows(cache.index, job.B, job.T)
+    others = Rows(cache.index.index_select(0, places[1]), job.B, job.T)
+    handler = UpToAttention(job.seed, others, (1, len(others)))
+    handler.counter = job.counter(others)
+    with job.tables_kept():
+        call = job.packed_call(others, hidden, leaves)
+        return key_rows(lambda: job.run(handler, *call), handler, kept, places)
 
 
 def _refuse_another(job: Job, cache: SparseCache, handler: Replayer) -> None:

@@ -161,7 +161,10 @@ def _keep_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
     with job.sides.heard(job.B * job.T):
         out = job.run(recorder, *job.arguments.call())
     job.drawn = recorder.drawn
-    choice = session.choose(wrapped.name, facts, recorder.seen, job.seed)
+    replayer = policy.replayer
+    # as keys alone, salient rows learn without being replayed: then the gradient alone decides
+    ranks = replayer is not None and replayer.saliency_in_replay and not job.makes_keys
+    choice = session.choose(facts, recorder.seen, job.seed, ranks)
     kept, rows, scores, job.wanted, job.budget = choice
     if wrapped.nested and not len(rows):
         raise ReplayError(
@@ -173,8 +176,7 @@ def _keep_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
         store(hidden, rows, policy.cache_dtype),
         [x.keep(rows, policy.attention == "full", policy.cache_dtype) for x in recorder.seen],
     )
-    replayer = policy.replayer
-    if scores is not None and replayer is not None and replayer.saliency_in_replay:
+    if scores is not None and ranks:
         cache.saliency = scores.flatten()[rows.index]
     if kept.probability is not None:
         cache.probability = kept.probability.flatten()[rows.index]

@@ -108,6 +108,11 @@ class Job:
         """The other sequence that the block attends to."""
         return Crossing(self.arguments.others, self.learned.crossing)
 
+    @property
+    def makes_keys(self) -> bool:
+        """Whether kept rows that are not replayed learn as keys and values."""
+        return self.learned.keys and self.session.policy.attention == "kept"
+
     def learn(self, learned: Learned) -> None:
         """Go by what the self-check has found out."""
         self.learned = learned

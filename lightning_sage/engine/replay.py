@@ -17,6 +17,7 @@ from lightning_sage.engine.attention_call import AttentionCall
 from lightning_sage.engine.drops import Drops, Seed
 from lightning_sage.engine.flash import FlashMask
 from lightning_sage.engine.follow import Weights
+from lightning_sage.engine.keys import KeyRows
 from lightning_sage.engine.seen import Kept, Seen, Written, rows_at, sunk
 from lightning_sage.engine.sparse import (
     LogitsAttention,
@@ -217,7 +218,13 @@ class PackedForward(Drops):
 
 
 class Replayer(Drops):
-    """Replay of chosen rows: attention returns what it returned, and has a sparse backward."""
+    """Replay of chosen rows: attention returns what it returned, and has a sparse backward.
+
+    Attributes:
+        key_rows: Keys of kept rows that are not replayed; None where those learn nothing.
+    """
+
+    key_rows: KeyRows | None = None
 
     def __init__(
         self, seed: Seed, rows: Rows, kept: list[Kept], chosen: Tensor | None = None
@@ -255,8 +262,11 @@ class Replayer(Drops):
             v = call.v.repeat_interleave(width[0] // call.v.shape[1], dim=1)
             found = LogitsAttention.apply(logits_of(call), v, out, lse, self.rows, keys, dropped)
             return found
+        k, v, keys = call.k, call.v, key_rows(kept, self.rows)
+        if self.key_rows is not None and not kept.others:
+            (k, v), keys = self.key_rows.joined(k, v), self.key_rows.rows
         found = SparseAttention.apply(
-            call.q, call.k, call.v, out, lse, call.sinks, kept, self.rows, self.how(call)
+            call.q, k, v, out, lse, call.sinks, kept, self.rows, keys, self.how(call)
         )
         return found
 

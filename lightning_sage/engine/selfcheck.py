@@ -24,6 +24,7 @@ from lightning_sage.engine.drops import Seed
 from lightning_sage.engine.facts import Facts
 from lightning_sage.engine.graph import graph_leaves, outlets, tell_of_attributes
 from lightning_sage.engine.intercept import Tap
+from lightning_sage.engine.keys import can_be_made
 from lightning_sage.engine.replay import Crossing, Replayer
 from lightning_sage.engine.seen import BY_HAND, Seen, Written
 from lightning_sage.engine.sides import unheard
@@ -113,6 +114,8 @@ def _compare(job: Job, hidden: Tensor) -> bool:
         job.learn(replace(job.learned, pairs=True))
         if job.session.policy.attention == "full":
             raise ReplayError(BY_HAND)
+    keys = can_be_made(recorder.seen) and not (job.learned.pairs or job.wrapped.nested)
+    job.learn(replace(job.learned, keys=keys))
     routed = bool(called & {"topk", "argmax", "sort", "argsort"})
     given = hidden, out, recorder.seen, routed, recorder.drawn
     first: ReplayError | None = None
@@ -123,7 +126,7 @@ def _compare(job: Job, hidden: Tensor) -> bool:
                 _compare_replay(job, *given, others)
             return True
         except NeedsPairs:
-            job.learn(replace(job.learned, pairs=True))
+            job.learn(replace(job.learned, pairs=True, keys=False))
         except ReplayError as error:
             if first is not None:
                 raise first from None

@@ -231,8 +231,8 @@ class Session:
         """Rows that ranks have agreed to replay of a call, if they have."""
         return None if self.agreement is None else self.agreement.budget(facts.count)
 
-    def choose(self, name: str, facts: Facts, seen: list[Seen | Written], seed: Seed) -> Choice:
-        """Rows to keep."""
+    def choose(self, facts: Facts, seen: list[Seen | Written], seed: Seed, ranks: bool) -> Choice:
+        """Rows to keep; their saliency too where the replay ranks by it."""
         keeper, replayer = self.policy.keeper, self.policy.replayer
         own = [one for one in seen if not one.crosses]
         # tokens are not mixed by a block without attention: those of the one before count there too
@@ -243,7 +243,7 @@ class Session:
             priority = self.policy.priority(valid, loss_rows)
             facts.judged[causal] = Judged(Rows.of(queries), priority)
         judged = facts.judged[causal]
-        if keeper.needs_scores or (replayer is not None and replayer.saliency_in_replay):
+        if keeper.needs_scores or ranks:
             if own:
                 scores = saliency(self.policy.saliency, own, judged, facts)
             elif scores is None and keeper.needs_scores:

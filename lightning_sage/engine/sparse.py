@@ -39,33 +39,34 @@ class SparseAttention(torch.autograd.Function):
         sinks: Tensor | None,
         kept: Kept,
         rows: Rows,
+        keys: Rows,
         how: How,
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, out, lse, sinks)
-        ctx.settings = kept, rows, how
+        ctx.settings = kept, rows, keys, how
         return from_rows(out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # noqa: D102 - see the class
         q, k, v, out, lse, sinks = ctx.saved_tensors
-        kept, rows, how = ctx.settings
+        kept, rows, keys, how = ctx.settings
         q, k, v, grad = (packed(x) for x in (q, k, v, grad))
         if kept.others:
-            grads = _cross_backward(grad, q, k, v, out, lse, kept, rows, how)
+            grads = _cross_backward(grad, q, k, v, out, lse, kept, rows, keys, how)
         else:
-            sight, all_keys = Sight(rows, rows, kept.visible), None
+            sight, all_keys = Sight(rows, keys, kept.visible), None
             if kept.k is not None:
                 every = Rows.every(rows.B, rows.T, rows.index.device)
-                keys = every if kept.keys is None else Rows(kept.keys, rows.B, rows.T)
+                seen = every if kept.keys is None else Rows(kept.keys, rows.B, rows.T)
                 whole = (x.some(None, y.shape[1:], y.dtype) for x, y in ((kept.k, k), (kept.v, v)))
-                all_keys = *whole, Sight(rows, keys, kept.visible)
+                all_keys = *whole, Sight(rows, seen, kept.visible)
             grads = ops.attention_backward(grad, q, k, v, out, lse, sight, how, all_keys)
         into_sinks = None
         if sinks is not None and ctx.needs_input_grad[5]:
             # a key without a value: its probability times what it would have to gain
             gained = -(grad.to(lse.dtype) * out).sum(-1)
             into_sinks = ((sinks - lse).exp() * gained).sum(0).to(sinks.dtype)
-        return *(from_rows(x) for x in grads), None, None, into_sinks, None, None, None
+        return *(from_rows(x) for x in grads), None, None, into_sinks, *[None] * 4
 
 
 def _cross_backward(
@@ -77,10 +78,10 @@ def _cross_backward(
     lse: Tensor,
     kept: Kept,
     rows: Rows,
+    keys: Rows,
     how: How,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All keys of the other sequence get their gradient; those that nobody sees get none."""
-    keys = key_rows(kept, rows)
     if kept.keys is None:
         return ops.attention_backward(grad, q, k, v, out, lse, Sight(rows, keys, kept.visible), how)
     seen = Rows(kept.keys, keys.B, keys.T)

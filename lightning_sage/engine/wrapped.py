@@ -29,6 +29,7 @@ class Learned:
         counted: How often, in a replay.
         pairs: Whether a replay has to see the entries of masks and biases.
         outlets: Which of its outputs, besides hidden states, carry a gradient to its parameters.
+        keys: Whether keys and values can be made of rows that are not replayed.
     """
 
     crossing: frozenset[int] = frozenset()
@@ -36,6 +37,7 @@ class Learned:
     counted: int = 0
     pairs: bool = False
     outlets: tuple[int, ...] = ()
+    keys: bool = False
 
 
 @dataclass

@@ -15,6 +15,7 @@ from lightning_sage.engine.drops import Seed
 from lightning_sage.engine.flash import FlashMask
 from lightning_sage.engine.intercept import Tap
 from lightning_sage.engine.job import Surroundings
+from lightning_sage.engine.keys import can_be_made
 from lightning_sage.engine.masks import visibility
 from lightning_sage.engine.packing import store
 from lightning_sage.engine.replay import Crossing, Recorder, Replayer
@@ -125,7 +126,8 @@ class Rehearsal:
         kept = [one.keep(rows, full, policy.cache_dtype) for one in seen]
         cache = SparseCache(rows.index, store(hidden, rows, policy.cache_dtype), kept)
         replayer = policy.replayer
-        if seen and replayer is not None and replayer.saliency_in_replay:
+        ranks = not (policy.attention == "kept" and can_be_made(seen))
+        if seen and ranks and replayer is not None and replayer.saliency_in_replay:
             cache.saliency = torch.empty(count, dtype=torch.float64)
         if drawn:
             cache.probability = torch.empty(count, dtype=torch.float64)
