@@ -171,6 +171,9 @@ def test_the_report_pairs_seeds(tmp_path, capsys):
     # of the tuning: better than seed 0 at the other, but not what was chosen
     lines.append(record("default", 0, 0.5, lr=2e-3))
     lines.append(record("paper", 0, None, error="RuntimeError('broken')"))
+    # before the method was changed
+    lines.insert(0, record("default", 0, 50.0, policy={"keep": "another"}))
+    lines.insert(0, record("default", 9, 50.0, policy={"keep": "another"}))
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report.main([f"--records={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'out.md'}"])
     text = (tmp_path / "out.md").read_text()
@@ -182,6 +185,7 @@ def test_the_report_pairs_seeds(tmp_path, capsys):
     # differences 0.1, 0.3, 0.2: mean 0.2, deviation 0.1; t of 2 degrees is 4.3027
     half = 4.3027 * 0.1 / math.sqrt(3)
     assert {"2.00", "0.80", "+0.2000", f"{0.2 - half:+.4f} to {0.2 + half:+.4f}", "4"} <= set(cells)
+    assert "2 lines are of earlier policies" in text
     assert "- paper: `RuntimeError('broken')`" in text
     mean, found, n = report.difference(mine, dense)
     assert (mean, found, n) == (pytest.approx(0.2), pytest.approx(half, rel=1e-4), 3)

@@ -1,0 +1,56 @@
+"""The methods that are compared: a policy each, and how they are tuned."""
+
+from __future__ import annotations
+
+from lightning_sage import AllTokens, ImportanceSampling, RandomTokens, SagePolicy
+from lightning_sage.selections import Selection, TopFraction, TopMass
+
+
+def bare(keep: Selection, **changes: str) -> SagePolicy:
+    """A choice by itself, with nothing added to make it safe."""
+    return SagePolicy(keep=keep, replay=None, keep_loss_rows=False, sinks=0, **changes)
+
+
+_ALL = AllTokens()
+
+# None trains every token: densely, or with every block recomputed
+METHODS: dict[str, SagePolicy | None] = {
+    "dense": None,
+    "checkpointing": None,
+    "paper": bare(TopMass(0.8)),
+    "paper skip": bare(TopMass(0.8), unselected="skip"),
+    "default": SagePolicy(),
+    **{f"keep {f}": SagePolicy(keep=f, replay=None) for f in (0.5, 0.25, 0.125, 0.0625)},
+    **{f"paper {f}": bare(TopFraction(f)) for f in (0.25, 0.125)},
+    **{f"random {f}": bare(RandomTokens(f)) for f in (0.25, 0.125)},
+    **{f"replay {f}": SagePolicy(keep=_ALL, replay=f) for f in (0.25, 0.125)},
+    **{
+        f"sampled replay {f}": SagePolicy(keep=_ALL, replay=ImportanceSampling(f))
+        for f in (0.5, 0.25, 0.125)
+    },
+    **{
+        f"sampled keep {f}": SagePolicy(keep=ImportanceSampling(f), replay=None)
+        for f in (0.25, 0.125)
+    },
+}
+
+# tuned each by itself, with all seeds
+HEADLINE = ("dense", "paper", "default", "keep 0.25", "replay 0.25", "sampled replay 0.25")
+
+# with fewer seeds, at the learning rate that was found for another one
+LADDER = {
+    "checkpointing": "dense",
+    "paper skip": "paper",
+    "keep 0.5": "keep 0.25",
+    "keep 0.125": "keep 0.25",
+    "keep 0.0625": "keep 0.25",
+    "paper 0.25": "keep 0.25",
+    "paper 0.125": "keep 0.25",
+    "random 0.25": "keep 0.25",
+    "random 0.125": "keep 0.25",
+    "replay 0.125": "replay 0.25",
+    "sampled replay 0.5": "sampled replay 0.25",
+    "sampled replay 0.125": "sampled replay 0.25",
+    "sampled keep 0.25": "sampled replay 0.25",
+    "sampled keep 0.125": "sampled replay 0.25",
+}

@@ -1,0 +1,291 @@
+"""What the lines of JSON say, in a table for each scenario and a figure: evidence.md and .png.
+
+From measured lines alone:
+
+    python examples/evidence/report.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+# where tables.py is; of this script Python adds only the folder it is in
+sys.path.append(str(Path(__file__).parents[1]))
+
+from jsonargparse import auto_cli
+from scipy.stats import t as student
+from tables import _markdown
+
+Record = dict[str, Any]
+EXAMPLES = Path(__file__).parents[1]
+COLUMNS = (
+    *("method", "cached MiB", "cached / checkpointing's", "kept", "replayed", "operations / dense"),
+    *("time / dense", "cosine", "norm ratio", "squared error", "lr", "judged", "minus dense"),
+    *("95 % interval", "seeds", "failed"),
+)
+BENEATH = (
+    "The mean over seeds of the metric that is named above the table, after the last step, and of "
+    "its difference to dense training with the same seed, batches and number of steps. Each is at "
+    "the learning rate that was best for seed 0, or best for a relative. Intervals are Student's. "
+    "`operations` counts the products of a step, forward and backward. `cosine`, `norm ratio` and "
+    "`squared error` compare the gradient of what is trained in the blocks with the dense one."
+)
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is read and written.
+
+    Args:
+        records: The lines of JSON.
+        out: The tables; the figure is beside them.
+    """
+
+    records: str = str(EXAMPLES / "results" / "evidence.jsonl")
+    out: str = str(EXAMPLES / "evidence.md")
+
+
+@dataclass
+class Method:
+    """What is known of a method in a scenario.
+
+    Attributes:
+        cost: The record of its step.
+        by_lr: Records of its trainings by learning rate, and by seed.
+        lr: The learning rate it is judged at.
+    """
+
+    cost: Record = field(default_factory=dict)
+    by_lr: dict[float, dict[int, Record]] = field(default_factory=lambda: defaultdict(dict))
+    lr: float | None = None
+
+    def results(self, metric: str) -> dict[int, float]:
+        """The metric by seed, where training did not fail."""
+        chosen = self.by_lr[self.lr] if self.lr is not None else {}
+        return {
+            seed: value for seed, r in chosen.items() if (value := score(r, metric)) is not None
+        }
+
+    @property
+    def failed(self) -> int:
+        """How many trainings have, at any learning rate."""
+        return sum(bool(r["error"]) for runs in self.by_lr.values() for r in runs.values())
+
+
+def score(record: Record, metric: str) -> float | None:
+    """What a training is judged by; None where it failed."""
+    value: float | None = None if record["error"] else record["metrics"][metric]
+    return value
+
+
+def read(path: Path) -> dict[tuple[str, int], list[Record]]:
+    """Records by scenario and number of steps; those of a step's cost go with every number."""
+    trained, costs = defaultdict(list), []
+    for record in map(json.loads, path.read_text().splitlines()):
+        if record["kind"] == "cost":
+            costs.append(record)
+        else:
+            trained[record["scenario"], record["steps"]].append(record)
+    for name in {cost["scenario"] for cost in costs} - {name for name, _ in trained}:
+        trained[name, 0] = []
+    return {k: [*(c for c in costs if c["scenario"] == k[0]), *v] for k, v in trained.items()}
+
+
+def current(records: Sequence[Record]) -> list[Record]:
+    """Those by the policy that their method has in its last record."""
+    policies = {record["method"]: record["policy"] for record in records}
+    return [record for record in records if record["policy"] == policies[record["method"]]]
+
+
+def methods_of(records: Sequence[Record]) -> dict[str, Method]:
+    """What is known of each method, in the order of its first record; later records count.
+
+    What a method was run with before its policy was changed is left out.
+    """
+    records = current(records)
+    found: dict[str, Method] = defaultdict(Method)
+    for record in records:
+        method = found[record["method"]]
+        if record["kind"] == "cost":
+            method.cost = record
+        else:
+            method.by_lr[record["lr"]][record["seed"]] = record
+    metric = records[0]["judged"] if records else ""
+    for method in found.values():
+        if method.by_lr:
+            method.lr = max(method.by_lr, key=lambda lr: _merit(method.by_lr[lr], metric))
+    return found
+
+
+def _merit(runs: dict[int, Record], metric: str) -> tuple[float, ...]:
+    """More seeds mark what was chosen; before that, the tuning decides."""
+    values = [value for r in runs.values() if (value := score(r, metric)) is not None]
+    sign = 1 if metric == "val_accuracy" else -1
+    return len(runs), sign * fmean(values) if values else -math.inf
+
+
+def difference(mine: dict[int, float], dense: dict[int, float]) -> tuple[float, float, int] | None:
+    """Mean of the paired differences, half of their 95 % interval, and how many there are."""
+    pairs = [mine[seed] - dense[seed] for seed in mine.keys() & dense.keys()]
+    if not pairs:
+        return None
+    n = len(pairs)
+    half = student.ppf(0.975, n - 1) * stdev(pairs) / math.sqrt(n) if n > 1 else math.inf
+    return fmean(pairs), float(half), n
+
+
+def row(name: str, found: dict[str, Method], metric: str) -> tuple[str, ...]:
+    """A method's line of the table."""
+    method, dense = found[name], found.get("dense", Method())
+    cost, results = method.cost, method.results(metric)
+    compared = None if name == "dense" else difference(results, dense.results(metric))
+    checkpointing = found.get("checkpointing", Method()).cost
+    mean, half, _ = compared or (None, math.inf, 0)
+    return (
+        name,
+        _number(cost.get("cached_mib"), ".1f"),
+        _number(ratio(cost, checkpointing, "cached_mib"), ".2f"),
+        *(_number(cost.get(f"{kind}_fraction"), ".0%") for kind in ("kept", "replayed")),
+        *(_number(ratio(cost, dense.cost, kind), ".2f") for kind in ("operations", "step_s")),
+        *(_number(cost.get(kind), ".3f") for kind in ("cosine", "norm_ratio", "squared_error")),
+        _number(method.lr, "g"),
+        _number(fmean(results.values()) if results else None, ".4f"),
+        _number(mean, "+.4f"),
+        f"{mean - half:+.4f} to {mean + half:+.4f}" if math.isfinite(half) else "",
+        str(len(results) or ""),
+        str(method.failed or "") + (" cost" if cost.get("error") else ""),
+    )
+
+
+def ratio(mine: Record, other: Record, kind: str) -> float | None:
+    """Of two costs; None where one was not measured."""
+    known = mine.get(kind) is not None and other.get(kind)
+    return mine[kind] / other[kind] if known else None
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def section(records: Sequence[Record]) -> str:
+    """A scenario: results, what the learning rates were chosen by, what went wrong."""
+    last, found = records[-1], methods_of(records)
+    metric, steps = last["judged"], last.get("steps")
+    judged = f"Judged by {metric} after {steps} steps" if steps else "Not yet trained"
+    table = _markdown(COLUMNS, [row(name, found, metric) for name in found])
+    start = next((m.cost["start"][metric] for m in found.values() if m.cost), None)
+    before = f", {start:.4f} where costs were measured" if start is not None else ""
+    parts = [f"## {last['title']}", f"{judged}{before}.", table]
+    tuned = {name: m.by_lr for name, m in found.items() if len(m.by_lr) > 1}
+    if tuned:
+        lrs = sorted({lr for by_lr in tuned.values() for lr in by_lr})
+        cells = [
+            (name, *(_tuned(by_lr.get(lr, {}).get(0), metric) for lr in lrs))
+            for name, by_lr in tuned.items()
+        ]
+        grid = _markdown(("seed 0 at lr", *(f"{lr:g}" for lr in lrs)), cells)
+        parts.append(grid)
+    errors = sorted({f"- {r['method']}: `{r['error'][:200]}`" for r in records if r["error"]})
+    commits = sorted({str(r["commit"]).replace(str(r["commit"])[12:40], "") for r in records})
+    outdated = len(records) - len(current(records))
+    beneath = (f"{outdated} lines are of earlier policies and left out; " if outdated else "") + (
+        f"{last['precision']}, {last['device']}, {last['threads']} thread, torch {last['torch']}, "
+        f"transformers {last['transformers']}, peft {last['peft']}; commits {', '.join(commits)}"
+    )
+    return "\n\n".join([*parts, *(["\n".join(errors)] if errors else []), beneath])
+
+
+def _tuned(record: Record | None, metric: str) -> str:
+    if record is None:
+        return ""
+    value = score(record, metric)
+    return "failed" if value is None else f"{value:.4f}"
+
+
+def figure(scenarios: Sequence[Sequence[Record]], path: Path) -> None:
+    """A panel for each scenario: what a step computes against what training loses."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    count, width = len(scenarios), min(len(scenarios), 2)
+    size = -(-count // width)
+    drawn, axes = pyplot.subplots(
+        size, width, figsize=(7 * width, 5.5 * size), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[count:]:
+        axis.remove()
+    for axis, records in zip(axes.flat, scenarios, strict=False):
+        _panel(axis, records, drawn)
+    drawn.savefig(path, dpi=110)
+    pyplot.close(drawn)
+
+
+def _panel(axis: Any, records: Sequence[Record], drawn: Any) -> None:
+    found, metric = methods_of(records), records[-1]["judged"]
+    dense, cached = found["dense"], found["checkpointing"].cost
+    points = []
+    for name, method in found.items():
+        x = ratio(method.cost, dense.cost, "operations")
+        compared = difference(method.results(metric), dense.results(metric))
+        if x is not None and compared is not None:
+            colour = ratio(method.cost, cached, "cached_mib")
+            points.append((x, *compared[:2], colour if colour is not None else math.nan, name))
+    axis.axhline(0, color="0.7", linewidth=1)
+    axis.set_title(records[-1]["title"], fontsize=9)
+    axis.set_xlabel("operations of a step / dense")
+    axis.set_ylabel(
+        f"{metric}, minus dense ({'up' if metric == 'val_accuracy' else 'down'} is good)"
+    )
+    if not points:
+        return
+    # by height, as their names stand
+    x, y, half, colour, labels = zip(*sorted(points, key=lambda p: p[1]), strict=True)
+    bars = [h if math.isfinite(h) else 0 for h in half]
+    axis.errorbar(x, y, bars, fmt="none", ecolor="0.75", zorder=1)
+    shown = axis.scatter(x, y, c=colour, cmap="viridis_r", vmin=0, vmax=2, zorder=2)
+    low, high = axis.get_ylim()
+    for at, height, label in zip(
+        zip(x, y, strict=True),
+        apart([(each - low) / (high - low) for each in y]),
+        labels,
+        strict=True,
+    ):
+        axis.annotate(
+            label, at, (1.03, height), textcoords="axes fraction", fontsize=7.5, va="center",
+            arrowprops={"arrowstyle": "-", "color": "0.8", "linewidth": 0.6, "shrinkB": 4},
+        )  # fmt: skip
+    drawn.colorbar(shown, ax=axis, location="bottom", label="blocks hold / checkpointing's")
+
+
+def apart(heights: Sequence[float]) -> list[float]:
+    """Heights in [0, 1], rising, moved no further than names beside one another need."""
+    gap, places = min(0.04, 1 / len(heights)), list[float]()
+    for height in heights:
+        places.append(max(height, places[-1] + gap) if places else height)
+    return [
+        min(place, 1 - gap * left)
+        for place, left in zip(places, range(len(places) - 1, -1, -1), strict=True)
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the tables and draw the figure."""
+    command = auto_cli(Command, as_positional=False, args=arguments)
+    scenarios, out = list(read(Path(command.records)).values()), Path(command.out)
+    parts = ["# Does it end where dense training does?", BENEATH, *map(section, scenarios)]
+    out.write_text("\n\n".join(parts) + "\n")
+    figure(scenarios, out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

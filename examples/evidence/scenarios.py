@@ -1,0 +1,149 @@
+"""What is trained: six fine-tunings of real data, alike in all but the method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import bases
+from digits import Digits, ImageClassifier
+from docstrings import CLASSES, Docstrings
+from lightning import LightningDataModule
+from sources import LongFunctions, PackageWindows
+
+from lightning_sage.corpus import StdlibFunctions
+from lightning_sage.data import Loading
+from lightning_sage.models import (
+    CausalLM,
+    HuggingFaceModule,
+    LoRA,
+    Optimization,
+    SequenceClassifier,
+)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A fine-tuning.
+
+    Args:
+        name: Names it on the command line and in records.
+        title: Says what it is.
+        judged: The metric that methods are compared by.
+        steps: Optimizer steps.
+        lrs: Learning rates that every method may choose from.
+        module: Makes the model, not yet built, for a learning rate and with or without gradient
+            checkpointing.
+        data: Makes its data.
+        precision: Lightning's name for it.
+        val_batches: How many are judged; None is all.
+    """
+
+    name: str
+    title: str
+    judged: Literal["val_accuracy", "val_loss"]
+    steps: int
+    lrs: tuple[float, float, float]
+    module: Callable[[float, bool], HuggingFaceModule]
+    data: Callable[[], LightningDataModule]
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    val_batches: int | None = None
+
+
+def _module(
+    kind: type[HuggingFaceModule],
+    base: Callable[[], str],
+    config: dict[str, Any] | None = None,
+    lora: LoRA | None = None,
+) -> Callable[[float, bool], HuggingFaceModule]:
+    def make(lr: float, checkpointing: bool) -> HuggingFaceModule:
+        return kind(
+            base(),
+            config,
+            lora,
+            Optimization(lr=lr),
+            gradient_checkpointing=checkpointing,
+        )
+
+    return make
+
+
+_ADAPTERS = LoRA(r=16)
+_ADAPTERS_LRS = (1e-3, 2e-3, 4e-3)
+_SENTENCES = {
+    "num_labels": len(CLASSES),
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
+def _docstrings() -> Docstrings:
+    loading = Loading(tokenizer=bases.minilm(), batch_size=16, max_tokens=128)
+    return Docstrings(val_per_class=60, directory=str(bases.RUNS), loading=loading)
+
+
+SCENARIOS = {
+    scenario.name: scenario
+    for scenario in (
+        Scenario(
+            name="classify-lora",
+            title="Which package is a docstring from? MiniLM, LoRA r=16, 16 x 128 tokens, bf16",
+            judged="val_accuracy",
+            steps=50,
+            lrs=_ADAPTERS_LRS,
+            module=_module(SequenceClassifier, bases.minilm, _SENTENCES, _ADAPTERS),
+            data=_docstrings,
+            precision="bf16-mixed",
+        ),
+        Scenario(
+            name="classify-full",
+            title="Which package is a docstring from? MiniLM, full, 16 x 128 tokens, bf16",
+            judged="val_accuracy",
+            steps=50,
+            lrs=(1e-4, 2e-4, 4e-4),
+            module=_module(SequenceClassifier, bases.minilm, _SENTENCES),
+            data=_docstrings,
+            precision="bf16-mixed",
+        ),
+        Scenario(
+            name="answer",
+            title="From docstring to code, loss on the code; Llama, LoRA r=16, 8 x 256 bytes",
+            judged="val_loss",
+            steps=60,
+            lrs=_ADAPTERS_LRS,
+            module=_module(CausalLM, bases.quickstart, None, _ADAPTERS),
+            data=lambda: StdlibFunctions(loading=Loading(batch_size=8, max_tokens=256)),
+            val_batches=16,
+        ),
+        Scenario(
+            name="pretrain",
+            title="On with pre-training on SymPy, loss on every token; Llama, full, 8 x 256 bytes",
+            judged="val_loss",
+            steps=60,
+            lrs=(1.5e-4, 3e-4, 6e-4),
+            module=_module(CausalLM, bases.quickstart),
+            data=lambda: PackageWindows("sympy", Loading(batch_size=8, max_tokens=256)),
+            val_batches=16,
+        ),
+        Scenario(
+            name="long",
+            title="From a file to its next function, loss on it; Llama, LoRA r=16, 1 x 2048 bytes",
+            judged="val_loss",
+            steps=60,
+            lrs=_ADAPTERS_LRS,
+            module=_module(CausalLM, bases.long, bases.LONG, _ADAPTERS),
+            data=lambda: LongFunctions(loading=Loading(batch_size=1, max_tokens=2048)),
+            val_batches=48,
+        ),
+        Scenario(
+            name="vision",
+            title="Which digit? ViT pre-trained on rotations, full, 32 x 65 patches",
+            judged="val_accuracy",
+            steps=120,
+            lrs=(5e-4, 1e-3, 2e-3),
+            module=_module(ImageClassifier, bases.rotations, {"num_labels": 10}),
+            data=lambda: Digits(batch_size=32),
+        ),
+    )
+}
