@@ -33,6 +33,8 @@ CASES = [
     ("mistral", "right", "full", {"keep": TopMass(0.6, min_tokens=2)}, {"lora": True}),
     ("gemma2", "left", "salient", {"keep": 0.3}, {}),
     ("gemma3", "right", "salient", {"keep": AllTokens(), "replay": GradientMass(0.6)}, {}),
+    ("gemma3", "left", "kept", {"keep": AllTokens(), "replay": ImportanceSampling(0.3)}, {}),
+    ("gpt2", "right", "kept", {"keep": 0.6, "replay": 0.3}, {"attention_dropout": 0.2}),
     ("gpt2", "left", "salient", {"keep": 0.3}, {"dropout": 0.1, "attention_dropout": 0.2}),
     ("gpt_neox", "right", "full", {"keep": 0.3}, {"lora": True, "lora_dropout": 0.05}),
     ("opt", "left", "full", {"keep": AllTokens(), "replay": 0.3}, {}),

@@ -4,9 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
 
+import zoo
 from accuracy import assert_gradients_close, loss_and_gradients, relative_error
 from lightning_sage import AllTokens, ImportanceSampling, SagePolicy, install
 from oracle import oracle, replayed
+from steps import oracle_step, policy_of, sage_step
 
 LENGTH, LOSS = 24, 6
 
@@ -69,6 +71,19 @@ def test_only_kept_rows_are_keys(replay):
     with oracle(model, replayed(records), "kept"):
         expected = loss_and_gradients(model, batch)[1]
     assert_gradients_close(gradients, expected, 1e-10)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "llama", "gemma3"])
+def test_dropout_is_that_of_the_forward(name):
+    options = {"attention_dropout": 0.2}
+    options |= {"lora": True, "lora_dropout": 0.1} if name == "llama" else {}
+    options |= {"dropout": 0.1} if zoo.MODELS[name].dropout else {}
+    model, batch = zoo.build(name, **options), zoo.make_batch(name)
+    policy = policy_of(keep=0.7, replay=0.3)
+    _, gradients, rows = sage_step(name, model, batch, policy)
+    assert all(r.others.any() for r in rows)
+    _, expected = oracle_step(name, model, batch, rows, "kept")
+    assert_gradients_close(gradients, expected, 1e-8)
 
 
 def test_drawing_with_all_keys_is_unbiased():

@@ -25,7 +25,7 @@ from lightning_sage import (
 )
 from steps import oracle_step, policy_of, run, sage_step, told_blocks
 
-MODES = ("kept", "salient", "full")
+MODES = ("salient", "full")
 ADAPTATIONS = {"full": False, "lora": True}
 KEEPS = {
     "keep0.3": {"keep": 0.3},
@@ -96,7 +96,7 @@ def test_kept_rows_match_oracle(name, padding, mode, lora, fields):
 
 
 @pytest.mark.parametrize("fields", REPLAYS.values(), ids=REPLAYS)
-@over_modes
+@pytest.mark.parametrize("mode", ["kept", *MODES])
 @over_models
 def test_replayed_rows_match_oracle(name, mode, fields):
     model, batch = zoo.build(name), zoo.make_batch(name, zoo.MODELS[name].paddings[0])
