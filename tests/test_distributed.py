@@ -39,6 +39,9 @@ POLICIES = {
     "half": SagePolicy(**_HALF),
     "half-full": SagePolicy(**_HALF, attention="full"),
     "drawn": SagePolicy(keep=AllTokens(), replay=ImportanceSampling(0.5)),
+    "drawn-salient": SagePolicy(
+        keep=AllTokens(), replay=ImportanceSampling(0.5), attention="salient"
+    ),
     "drawn-full": SagePolicy(
         keep=TopMass(0.8), replay=ImportanceSampling(0.3), attention="full", sinks=1
     ),
@@ -324,7 +327,7 @@ def test_fsdp_averages(kind, policy, before):
 
 # a dense step warns, too
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")
-@pytest.mark.parametrize(("micro", "policy"), [(1, "half"), (1, "drawn-full"), (2, "drawn")])
+@pytest.mark.parametrize(("micro", "policy"), [(1, "half"), (1, "drawn-full"), (2, "drawn-salient")])
 @pytest.mark.parametrize("kind", ["lora", "llama", "gpt2"])
 def test_fsdp_of_parts_of_blocks_averages(kind, micro, policy):
     found = fsdp_ranks(2, kind, policy, micro=micro, parts=True)
@@ -369,7 +372,8 @@ def test_fsdp_in_mixed_precision_is_near(kind, policy):
     for of_rank in found:
         for got, want in zip(of_rank, averaged(kind, policy, 2), strict=True):
             assert {g.dtype for g in got.values()} == {torch.float32}
-            assert cosine(got, want) > 0.98
+            # a norm that was rounded may draw another row
+            assert cosine(got, want) > (0.95 if policy == "drawn" else 0.98)
 
 
 @contextlib.contextmanager
