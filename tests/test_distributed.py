@@ -364,7 +364,7 @@ def test_fsdp_with_all_tokens_is_dense(kind):
     assert_averaged(fsdp_ranks(2, kind, "all"), kind, None)
 
 
-@pytest.mark.parametrize("policy", ["half", "drawn"])
+@pytest.mark.parametrize("policy", ["half", "drawn-salient"])
 @pytest.mark.parametrize("kind", ["lora", "llama", "plain"])
 def test_fsdp_in_mixed_precision_is_near(kind, policy):
     mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -372,8 +372,7 @@ def test_fsdp_in_mixed_precision_is_near(kind, policy):
     for of_rank in found:
         for got, want in zip(of_rank, averaged(kind, policy, 2), strict=True):
             assert {g.dtype for g in got.values()} == {torch.float32}
-            # a norm that was rounded may draw another row
-            assert cosine(got, want) > (0.95 if policy == "drawn" else 0.98)
+            assert cosine(got, want) > 0.98
 
 
 @contextlib.contextmanager
