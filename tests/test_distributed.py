@@ -327,7 +327,9 @@ def test_fsdp_averages(kind, policy, before):
 
 # a dense step warns, too
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")
-@pytest.mark.parametrize(("micro", "policy"), [(1, "half"), (1, "drawn-full"), (2, "drawn-salient")])
+@pytest.mark.parametrize(
+    ("micro", "policy"), [(1, "half"), (1, "drawn-full"), (2, "drawn-salient")]
+)
 @pytest.mark.parametrize("kind", ["lora", "llama", "gpt2"])
 def test_fsdp_of_parts_of_blocks_averages(kind, micro, policy):
     found = fsdp_ranks(2, kind, policy, micro=micro, parts=True)

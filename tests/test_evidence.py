@@ -80,7 +80,7 @@ def test_a_run_by_checkpointing_is_the_dense_one(tiny):
     import train
 
     dense, same, sparse = (
-        train.run(tiny, m, 1e-3, 0) for m in ("dense", "checkpointing", "default")
+        train.run(tiny, m, 1e-3, 0) for m in ("dense", "checkpointing", "balanced")
     )
     assert dense["error"] is None
     assert dense["metrics"] == same["metrics"]
@@ -135,13 +135,13 @@ def test_finished_runs_are_skipped():
     command = run.Command(scenarios="answer", methods="dense,default,checkpointing", seeds=3)
     tuning = list(run.plan("tune", command, []))
     assert len(tuning) == 2 * 3
-    assert {one.method for one in tuning} == {"dense", "default"}
+    assert {one.method for one in tuning} == {"dense", "balanced"}
     # nothing is known of the learning rates yet
     assert list(run.plan("headline", command, [])) == []
     lines = [record("dense", 0, loss, lr) for lr, loss in ((1e-3, 2.0), (2e-3, 1.0), (4e-3, 3.0))]
-    lines.append(record("default", 0, None, lr=1e-3, error="RuntimeError()"))
+    lines.append(record("balanced", 0, None, lr=1e-3, error="RuntimeError()"))
     left = run.unfinished(tuning, lines)
-    assert left == [run.Run("answer", "default", lr, 0, 60) for lr in (2e-3, 4e-3)]
+    assert left == [run.Run("answer", "balanced", lr, 0, 60) for lr in (2e-3, 4e-3)]
     headline = list(run.plan("headline", command, lines))
     assert headline == [run.Run("answer", "dense", 2e-3, seed, 60) for seed in (1, 2)]
     ladder = list(run.plan("ladder", command, lines))
@@ -165,15 +165,15 @@ def test_the_report_pairs_seeds(tmp_path, capsys):
 
     dense, mine = {0: 1.0, 1: 2.0, 2: 3.0}, {0: 1.1, 1: 2.3, 2: 3.2, 7: 9.0}
     lines = [cost("dense", 90, 88, 10.0), cost("checkpointing", 12, 10, 13.0)]
-    lines.append(cost("default", 22, 20, 8.0))
+    lines.append(cost("balanced", 22, 20, 8.0))
     lines += [record("dense", seed, loss) for seed, loss in dense.items()]
-    lines += [record("default", seed, loss) for seed, loss in mine.items()]
+    lines += [record("balanced", seed, loss) for seed, loss in mine.items()]
     # of the tuning: better than seed 0 at the other, but not what was chosen
-    lines.append(record("default", 0, 0.5, lr=2e-3))
+    lines.append(record("balanced", 0, 0.5, lr=2e-3))
     lines.append(record("paper", 0, None, error="RuntimeError('broken')"))
     # before the method was changed
-    lines.insert(0, record("default", 0, 50.0, policy={"keep": "another"}))
-    lines.insert(0, record("default", 9, 50.0, policy={"keep": "another"}))
+    lines.insert(0, record("balanced", 0, 50.0, policy={"keep": "another"}))
+    lines.insert(0, record("balanced", 9, 50.0, policy={"keep": "another"}))
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report.main([f"--records={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'out.md'}"])
     text = (tmp_path / "out.md").read_text()
