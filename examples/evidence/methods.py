@@ -27,12 +27,12 @@ METHODS: dict[str, SagePolicy | None] = {
         f"sampled replay {f}": SagePolicy(keep=_ALL, replay=ImportanceSampling(f))
         for f in (0.5, 0.25, 0.125)
     },
-    "sampled replay 0.5, its keys alone": SagePolicy(
+    "sampled replay 0.5 salient": SagePolicy(
         keep=_ALL, replay=ImportanceSampling(0.5), attention="salient"
     ),
-    "mass 0.8, sampled replay 0.5": SagePolicy(keep=TopMass(0.8), replay=ImportanceSampling(0.5)),
+    "mass 0.8 sampled 0.5": SagePolicy(keep=TopMass(0.8), replay=ImportanceSampling(0.5)),
     **{f"replay {f}": SagePolicy(keep=_ALL, replay=f) for f in (0.25, 0.125)},
-    "balanced, not drawn": SagePolicy(keep=_SALIENT, replay=0.2, cache_dtype="int8"),
+    "balanced not drawn": SagePolicy(keep=_SALIENT, replay=0.2, cache_dtype="int8"),
     **{
         f"sampled keep {f}": SagePolicy(keep=ImportanceSampling(f), replay=None)
         for f in (0.25, 0.125)
@@ -55,9 +55,9 @@ LADDER = {
     "keep 0.0625": "keep 0.25",
     "replay 0.25": "keep 0.25",
     "replay 0.125": "keep 0.25",
-    "balanced, not drawn": "balanced",
-    "mass 0.8, sampled replay 0.5": "sampled replay 0.5",
-    "sampled replay 0.5, its keys alone": "sampled replay 0.5",
+    "balanced not drawn": "balanced",
+    "mass 0.8 sampled 0.5": "sampled replay 0.5",
+    "sampled replay 0.5 salient": "sampled replay 0.5",
     "sampled replay 0.25": "sampled replay 0.5",
     "sampled replay 0.125": "sampled replay 0.5",
     "sampled keep 0.25": "sampled replay 0.5",
