@@ -132,7 +132,7 @@ def test_costs_of_a_step(tiny):
 def test_finished_runs_are_skipped():
     import run
 
-    command = run.Command(scenarios="answer", methods="dense,default,checkpointing", seeds=3)
+    command = run.Command(scenarios="answer", methods="dense,balanced,checkpointing", seeds=3)
     tuning = list(run.plan("tune", command, []))
     assert len(tuning) == 2 * 3
     assert {one.method for one in tuning} == {"dense", "balanced"}
@@ -179,7 +179,7 @@ def test_the_report_pairs_seeds(tmp_path, capsys):
     text = (tmp_path / "out.md").read_text()
     assert (tmp_path / "out.png").stat().st_size > 10_000
     [row] = [
-        line for line in text.splitlines() if line.startswith("| default") and "%" not in line
+        line for line in text.splitlines() if line.startswith("| balanced") and "%" not in line
     ][:1]
     cells = [cell.strip() for cell in row.split("|")]
     # differences 0.1, 0.3, 0.2: mean 0.2, deviation 0.1; t of 2 degrees is 4.3027

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
 import zoo
 from accuracy import assert_gradients_close, loss_and_gradients, relative_error
 from lightning_sage import AllTokens, ImportanceSampling, SagePolicy, install
+from lightning_sage.selections import Chosen, Selection
 from oracle import oracle, replayed
 from steps import oracle_step, policy_of, sage_step
 
@@ -108,6 +109,22 @@ def test_with_every_row_replayed_nothing_changes():
     salient, _ = step(model, SagePolicy(keep=0.3, replay=None, attention="salient"))
     assert all(record.keys is None for record in records)
     assert all(torch.equal(kept[name], salient[name]) for name in kept)
+
+
+class Everything(Selection):
+    """Takes all, without saying so beforehand."""
+
+    def replay(self, norms, saliency, valid, noise):
+        return Chosen(torch.ones_like(norms, dtype=torch.bool))
+
+
+def test_a_replay_that_takes_all_kept_rows_leaves_no_keys():
+    model = model_of(2)
+    policy = SagePolicy(keep=0.5, replay=Everything())
+    gradients, records = step(model, policy)
+    everything, _ = step(model, SagePolicy(keep=0.5, replay=None))
+    assert all(record.keys is None for record in records)
+    assert_gradients_close(gradients, everything, 1e-12)
 
 
 def test_attention_by_hand_has_the_keys_of_replayed_rows_alone():

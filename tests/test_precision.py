@@ -45,7 +45,7 @@ POLICIES = {
     "default": SagePolicy(),
     "half": HALF,
     "gradient mass": SagePolicy(replay=GradientMass(0.9), sinks=0),
-    "draws": SagePolicy(keep=AllTokens(), replay=ImportanceSampling(0.25)),
+    "draws": SagePolicy(keep=AllTokens(), replay=ImportanceSampling(0.5)),
     "skip": SagePolicy(keep=0.5, unselected="skip"),
     "int8": SagePolicy(keep=0.5, cache_dtype="int8"),
 }

@@ -58,7 +58,7 @@ def _chosen_rows(job: Job, cache: SparseCache, grad: Tensor) -> _Part:
     if weights is not None:
         weights = weights.to(ops.wide(grad.dtype))
     others = None
-    if picked is not None and job.makes_keys and len(picked):
+    if picked is not None and job.makes_keys and 0 < len(picked) < len(cache.index):
         left = torch.ones(len(cache.index), dtype=torch.bool, device=picked.device)
         left.index_fill_(0, picked, False)
         others = ops.picked(left, len(cache.index) - len(picked))
