@@ -135,6 +135,8 @@ def judge(task, name, left_dense=True):
                     if left_dense:
                         verdict.note_left_dense(case)
                     return verdict
+        keys = functools.partial(case.error_of_some, "kept", RandomTokens(0.7), 0.3)
+        verdict.note(f"keys{said}", keys)
         verdict.blocks, verdict.dense = case.blocks()
         if padding == paddings[0]:
             some_of = functools.partial(case.error_of_some, "salient")
