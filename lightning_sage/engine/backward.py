@@ -157,7 +157,7 @@ def replay(
             through.append(_zeros_for(found.pop(0), hidden))
         rest = [_sum(x, y) for x, y in zip(rest, found, strict=True)]
     # zeros and not None: sharding strategies wait for every rank's gradient
-    rest = [_zeros_for(g, x) for x, g in zip(others, rest, strict=True)]
+    rest = [torch.zeros_like(x) if g is None else g for x, g in zip(others, rest, strict=True)]
     if not wants[0]:
         return [None, *rest]
     if not through:

@@ -262,8 +262,10 @@ class Replayer(Drops):
             v = call.v.repeat_interleave(width[0] // call.v.shape[1], dim=1)
             found = LogitsAttention.apply(logits_of(call), v, out, lse, self.rows, keys, dropped)
             return found
-        k, v, keys = call.k, call.v, key_rows(kept, self.rows)
-        if self.key_rows is not None and not kept.others:
+        k, v, keys = call.k, call.v, self.rows
+        if kept.others:
+            keys = key_rows(kept, self.rows)
+        elif self.key_rows is not None:
             (k, v), keys = self.key_rows.joined(k, v), self.key_rows.rows
         found = SparseAttention.apply(
             call.q, k, v, out, lse, call.sinks, kept, self.rows, keys, self.how(call)
