@@ -88,10 +88,13 @@ class Wrapped:
         themselves.
         """
         before = [(x, x._version) for x in parameters]
-        yield
-        for x, version in before:
-            if x._version != version:
-                self.touched[id(x)] = self.touched.get(id(x), 0) + x._version - version
+        try:
+            yield
+        finally:
+            # also of a run that is left at its attention
+            for x, version in before:
+                if x._version != version:
+                    self.touched[id(x)] = self.touched.get(id(x), 0) + x._version - version
 
     def versions(self, parameters: list[Tensor]) -> list[int]:
         """Versions of parameters, as far as others than the block changed them."""
