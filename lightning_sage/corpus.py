@@ -53,16 +53,24 @@ def stdlib_sources(split: Split) -> Iterator[str]:
             yield source
 
 
-def function_examples(source: str) -> Iterator[Row]:
-    """Functions of a Python source: `prompt` is signature and docstring, `answer` is the body."""
-    # not splitlines: a form feed ends no line of Python
-    lines = source.split("\n")
+def documented_functions(
+    source: str,
+) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, int]]:
+    """Functions of a Python source with a docstring and a body, and the docstring's last line."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         docstring = node.body[0].end_lineno if ast.get_docstring(node) else None
         if docstring is None or len(node.body) == 1 or node.body[1].lineno <= docstring:
             continue
+        yield node, docstring
+
+
+def function_examples(source: str) -> Iterator[Row]:
+    """Functions of a Python source: `prompt` is signature and docstring, `answer` is the body."""
+    # not splitlines: a form feed ends no line of Python
+    lines = source.split("\n")
+    for node, docstring in documented_functions(source):
         text = [
             _unindent(line, node.col_offset) for line in lines[node.lineno - 1 : node.end_lineno]
         ]

@@ -67,13 +67,9 @@ def replayed(records):
 def _others(record):
     if record.keys is None:
         return None
-    return (
-        torch.zeros(record.kept.shape)
-        .flatten()
-        .index_fill(0, record.keys, 1)
-        .view(record.kept.shape)
-        > 0
-    )
+    others = torch.zeros_like(record.kept)
+    others.view(-1)[record.keys] = True
+    return others
 
 
 def _weights(record):

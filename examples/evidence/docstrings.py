@@ -82,6 +82,14 @@ def sources(name: str) -> dict[str, Path]:
     return {file.relative_to(root).as_posix(): file for file in sorted(files)}
 
 
+def held_out(place: str) -> bool:
+    """Whether a file, by its place in its package, is for validation: a fifth are.
+
+    By a checksum, so that a file keeps its side whatever else is in the package.
+    """
+    return zlib.crc32(place.encode()) % 5 == 0
+
+
 def docstrings(path: Path) -> Iterator[str]:
     """Those of a file's module, classes and functions, dedented, that are not too short."""
     tree = ast.Module([], [])
@@ -112,9 +120,7 @@ def is_new(text: str, seen: set[tuple[str, ...]]) -> bool:
 def labelled(name: str, split: Split, seen: set[tuple[str, ...]]) -> Iterator[Row]:
     """Rows of a package, from a fifth of its files for validation or the others."""
     files = sources(name)
-    # by a checksum, so that a file keeps its side whatever else is in the package
-    held_out = {place for place in files if zlib.crc32(place.encode()) % 5 == 0}
-    chosen = [place for place in files if (place in held_out) == (split == "val")]
+    chosen = [place for place in files if held_out(place) == (split == "val")]
     shuffle = random.Random(0).shuffle
     shuffle(chosen)
     for place in chosen:

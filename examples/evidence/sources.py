@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import random
 import tokenize
-import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 
 import torch
-from docstrings import sources
+from docstrings import held_out, sources
 from torch import Tensor
 
-from lightning_sage.corpus import stdlib_sources
+from lightning_sage.corpus import StdlibWindows, documented_functions, stdlib_sources
 from lightning_sage.data import (
     Example,
     Loading,
@@ -27,7 +25,7 @@ from lightning_sage.data import (
 _PER_FILE = 16
 
 
-class PackageWindows(TextModule):
+class PackageWindows(StdlibWindows):
     """Windows of `max_tokens` tokens of an installed package, with loss on every token.
 
     A fifth of the files is for validation.
@@ -49,7 +47,7 @@ class PackageWindows(TextModule):
         """
         width, windows = self.loading.max_tokens, []
         for place, path in sources(self.package).items():
-            if (zlib.crc32(place.encode()) % 5 == 0) != (split == "val"):
+            if held_out(place) != (split == "val"):
                 continue
             with suppress(SyntaxError, UnicodeDecodeError), tokenize.open(path) as file:
                 # no token of any tokenizer is longer than what is read beyond the windows
@@ -59,10 +57,6 @@ class PackageWindows(TextModule):
                 windows += [stream[i : i + width] for i in range(0, len(stream), width)]
         found = torch.tensor([window for window in windows if len(window) == width])
         return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(0))]
-
-    def encode(self, row: Tensor) -> Example:
-        """The window, to be predicted token by token."""
-        return {"input_ids": row, "labels": row}
 
 
 class LongFunctions(TextModule):
@@ -88,12 +82,7 @@ class LongFunctions(TextModule):
     def _functions(self, source: str) -> Iterator[Row]:
         # not splitlines: a form feed ends no line of Python
         lines = source.encode().split(b"\n")
-        for node in ast.walk(ast.parse(source)):
-            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                continue
-            height = node.body[0].end_lineno if ast.get_docstring(node) else None
-            if height is None or len(node.body) == 1 or node.body[1].lineno <= height:
-                continue
+        for node, height in documented_functions(source):
             answer = b"\n".join(lines[height : node.end_lineno]) + b"\n"
             # one more for the end token
             room = self.loading.max_tokens - len(answer) - 1

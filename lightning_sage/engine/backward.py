@@ -57,7 +57,7 @@ def _chosen_rows(job: Job, cache: SparseCache, grad: Tensor) -> _Part:
     record.rows, record.factors, record.seed = index, weights, job.seed.value
     if weights is not None:
         weights = weights.to(ops.wide(grad.dtype))
-    others = None
+    others = record.keys = None
     if picked is not None and job.makes_keys and 0 < len(picked) < len(cache.index):
         left = torch.ones(len(cache.index), dtype=torch.bool, device=picked.device)
         left.index_fill_(0, picked, False)
@@ -251,8 +251,9 @@ def _keys(
     hidden: Tensor,
 ) -> KeyRows:
     """Keys and values of all kept rows: `places` says which are replayed, and which are not."""
-    kept = Rows(cache.index, job.B, job.T)
-    others = Rows(cache.index.index_select(0, places[1]), job.B, job.T)
+    assert job.record is not None
+    assert job.record.keys is not None
+    kept, others = (Rows(index, job.B, job.T) for index in (cache.index, job.record.keys))
     handler = UpToAttention(job.seed, others, (1, len(others)))
     handler.counter = job.counter(others)
     with job.tables_kept():

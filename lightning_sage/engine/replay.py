@@ -267,6 +267,8 @@ class Replayer(Drops):
             keys = key_rows(kept, self.rows)
         elif self.key_rows is not None:
             (k, v), keys = self.key_rows.joined(k, v), self.key_rows.rows
+            # copied: not held for the length of the backward pass too
+            self.key_rows = None
         found = SparseAttention.apply(
             call.q, k, v, out, lse, call.sinks, kept, self.rows, keys, self.how(call)
         )

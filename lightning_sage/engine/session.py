@@ -233,7 +233,7 @@ class Session:
 
     def choose(self, facts: Facts, seen: list[Seen | Written], seed: Seed, ranks: bool) -> Choice:
         """Rows to keep; their saliency too where the replay ranks by it."""
-        keeper, replayer = self.policy.keeper, self.policy.replayer
+        keeper, replays_all = self.policy.keeper, self.policy.replay is None
         own = [one for one in seen if not one.crosses]
         # tokens are not mixed by a block without attention: those of the one before count there too
         causal, scores = facts.latest if not own else (any(one.causal for one in own), None)
@@ -262,8 +262,8 @@ class Session:
             judged.count = int(chosen.rows.sum())
         count, budget = judged.count, self.budget(facts)
         if budget is not None:
-            chosen = fit_kept(keeper, alone, budget, replayer is None, given)
-            if chosen is not alone and replayer is None:
+            chosen = fit_kept(keeper, alone, budget, replays_all, given)
+            if chosen is not alone and replays_all:
                 count = budget.rows
             elif chosen is not alone and count is not None:
                 count = max(count, budget.rows)
