@@ -36,8 +36,8 @@ class SagePolicy:
             model's `labels`), the last valid token, the labelled ones, or all.
         attention: Whose keys and values the replayed queries meet in the backward pass. `kept`:
             those of every kept row, which learn as keys and values where they are not replayed
-            themselves (blocks that write attention out by hand, have several of their own tokens,
-            or are sharded part by part: as `salient`).
+            themselves (blocks that write attention out by hand, have several of their own tokens or
+            a trained bias of pairs, or are sharded part by part: as `salient`).
             `salient`: those of the replayed rows. `full`: those of every token, as constants
             outside the replayed rows, for which keys and values are kept.
         sinks: First valid tokens of a sample that are always kept.

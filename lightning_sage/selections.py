@@ -40,7 +40,8 @@ class Selection:
     Attributes:
         needs_scores: Whether `keep` looks at the saliency.
         random: Whether it looks at the noise.
-        saliency_in_replay: Whether `replay` looks at the saliency.
+        saliency_in_replay: Whether `replay` looks at the saliency; where rows that are not replayed
+            learn as keys (`attention="kept"` of a policy), it is given None.
         fixed: Whether the number of rows that `keep` chooses follows from padding and priorities
             alone, so that a GPU need not be asked for it in every block. A promise: rows are
             missing, or not those chosen, where it is broken. It does not pass to a subclass with a
@@ -158,7 +159,7 @@ def _keep_fraction(fraction: float, scores: Tensor, valid: Tensor, priority: Ten
 class TopFraction(Selection):
     """The highest-scored `fraction` of each sample's valid tokens, rounded up.
 
-    As `replay`: of the batch's valid tokens, ranked by incoming gradient norm plus saliency.
+    As `replay`: of the batch's valid tokens, by incoming gradient norm plus, if given, saliency.
     """
 
     saliency_in_replay = True
@@ -247,7 +248,7 @@ class AllTokens(Selection):
 class GradientMass(Selection):
     """The fewest kept rows that together hold `mass` of the score; for `replay` only.
 
-    The score of a row is its share of the incoming gradient norms plus its share of the saliency.
+    The score of a row is its share of the incoming gradient norms plus, if given, of the saliency.
 
     Args:
         mass: Share of the score to replay, in (0, 1].

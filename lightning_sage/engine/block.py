@@ -30,12 +30,14 @@ def sparse_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Forward of a wrapped block: dense values, and a sparse backward where a graph is recorded.
 
     A row that is kept and replayed gets the gradient of ``rows of H -> rows of block(H)``; a row
-    that is not gets dL/dH = dL/dH', whatever the block is. In a pre-norm block that is the residual
+    that is not gets dL/dH = dL/dH', whatever the block is; kept ones with ``attention="kept"`` also
+    what comes in through their keys and values. In a pre-norm block that is the residual
     path, exactly. A post-norm block (BERT) has none: there the identity stands in for the Jacobian
     of the layer norms, and rows drawn by importance sampling correct it without bias, since their
     1/p weights (block minus identity).
 
-    Buffers that the block updates in its forward are updated once more by its replay.
+    Buffers that the block updates in its forward are updated once more by its replay, and those of
+    what stands before attention again for rows that are keys alone.
 
     Raises:
         ReplayError: The block cannot be replayed on some of its rows.
