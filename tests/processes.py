@@ -1,7 +1,7 @@
 """Several ranks on one CPU: forked processes in a gloo group, none of which can outlive a test."""
 
-import ctypes
 import io
+import mmap
 import multiprocessing
 import os
 import signal
@@ -140,6 +140,10 @@ def whole(x):
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def return_freed_memory():
-    """Give the system what other tests have freed, so that what is held next is seen to be held."""
-    ctypes.CDLL(None).malloc_trim(0)
+def resident(size):
+    """So many bytes that the process holds for as long as it holds the tensor, and no longer.
+
+    The C library may serve what torch allocates from memory that earlier tests freed, and keep it
+    afterwards: then neither is seen.
+    """
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8).fill_(1)

@@ -11,7 +11,7 @@ from torch import nn
 import lightning_sage.memory
 from lightning_sage import PeakMemory, SavedBytes
 from lightning_sage.memory import current_bytes, in_use, peak_bytes, reset_peak
-from processes import ranks, return_freed_memory
+from processes import ranks, resident
 
 CPU = torch.device("cpu")
 SIZE = 200 * 2**20
@@ -135,19 +135,18 @@ def test_phases_have_names():
 @pytest.mark.parametrize("reset", [False, True])
 def test_a_process_is_seen_to_hold_and_to_let_go(reset):
     def child(rank):
-        return_freed_memory()
         metric = PeakMemory(reset=reset)
         base = current_bytes(CPU)
-        held = torch.ones(SIZE, dtype=torch.uint8)
+        held = resident(SIZE)
         metric.update("forward")
         del held
         metric.update("backward")
         metric.update("optimizer")
-        held = torch.ones(SIZE // 2, dtype=torch.uint8)
+        held = resident(SIZE // 2)
         del held
         metric.skip()
         again = PeakMemory(reset=reset)
-        held = torch.ones(SIZE // 2, dtype=torch.uint8)
+        held = resident(SIZE // 2)
         del held
         again.update("forward")
         return base, found(metric), found(again)[0]
@@ -164,8 +163,7 @@ def test_a_process_is_seen_to_hold_and_to_let_go(reset):
 @on_linux
 def test_without_resets_the_peak_of_the_process_stays():
     def child(rank):
-        return_freed_memory()
-        held = torch.ones(SIZE, dtype=torch.uint8)
+        held = resident(SIZE)
         del held
         before = peak_bytes(CPU)
         metric = PeakMemory()
