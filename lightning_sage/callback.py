@@ -14,7 +14,7 @@ from rich.console import Console
 
 from lightning_sage.balance import Agreement
 from lightning_sage.install import Installation, install
-from lightning_sage.policy import SagePolicy
+from lightning_sage.policy import Preset, SagePolicy, as_policy
 from lightning_sage.resume import gathered, place, random_states, restore_random_states
 from lightning_sage.selections import AllTokens
 from lightning_sage.summary import summary_table
@@ -35,8 +35,8 @@ class SageCallback(Callback):
     `barebones` it says nothing. Evaluation, checkpoints and `state_dict` do not notice it.
 
     Args:
-        policy: Which tokens are kept and replayed; None is `SagePolicy()`, or with a
-            `memory_budget` `SagePolicy(keep=AllTokens())`, of which as much is kept as fits.
+        policy: Which tokens are kept and replayed; a name is one of `SagePolicy.preset`.
+            None is `balanced`, or with a `memory_budget` every token, as many as fit.
         log_every_n_steps: Optimizer steps between two logs; None is the Trainer's, 0 logs nothing.
         fidelity_every_n_steps: Optimizer steps between two looks at the gradient: the batch is run
             twice more, densely and sparsely, and `sage/fidelity_cosine` (overall and by block) and
@@ -76,7 +76,7 @@ class SageCallback(Callback):
 
     def __init__(
         self,
-        policy: SagePolicy | None = None,
+        policy: SagePolicy | Preset | None = None,
         log_every_n_steps: int | None = None,
         fidelity_every_n_steps: int = 0,
         fidelity_floor: float = 0.7,
@@ -89,8 +89,9 @@ class SageCallback(Callback):
         strict: bool = True,
     ) -> None:
         super().__init__()
-        if policy is None:
-            policy = SagePolicy() if memory_budget is None else SagePolicy(keep=AllTokens())
+        if policy is None and memory_budget is not None:
+            policy = SagePolicy(keep=AllTokens())
+        policy = as_policy(policy)
         self.settings = Watching(
             policy,
             log_every_n_steps,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning_sage.callback import SageCallback
-from lightning_sage.policy import SagePolicy
+from lightning_sage.policy import SagePolicy, as_policy
 from lightning_sage.strategies import SageModelParallelStrategy, SageStrategy
 
 
@@ -33,5 +33,5 @@ def policy_of(trainer: Mapping[str, Any], callback: SageCallback | None) -> Sage
         return callback.policy
     strategy = trainer["strategy"]
     if isinstance(strategy, SageStrategy | SageModelParallelStrategy):
-        return strategy.policy or SagePolicy()
-    return SagePolicy() if str(strategy).startswith("sage_") else None
+        return as_policy(strategy.policy)
+    return as_policy(None) if str(strategy).startswith("sage_") else None

@@ -20,7 +20,7 @@ from lightning_sage.engine.block import sparse_forward
 from lightning_sage.engine.session import Session
 from lightning_sage.engine.wrapped import ATTRIBUTE, Wrapped
 from lightning_sage.errors import ReplayError
-from lightning_sage.policy import SagePolicy
+from lightning_sage.policy import Preset, SagePolicy, as_policy
 from lightning_sage.records import BlockRecord
 
 
@@ -161,7 +161,7 @@ class Installation:
 
 def install(
     model: nn.Module,
-    policy: SagePolicy | None = None,
+    policy: SagePolicy | Preset | None = None,
     *,
     measure_dense: bool = False,
     allow_untested: bool = False,
@@ -174,7 +174,7 @@ def install(
 
     Args:
         model: Any module with transformer blocks; also a LightningModule or a PeftModel.
-        policy: What to keep and replay; None is `SagePolicy()`.
+        policy: What to keep and replay, or the name of a preset; None is `balanced`.
         measure_dense: On the first training forward, also count the bytes that a dense step would
             have saved, block by block.
         allow_untested: Only warn of what was done to the model and does not go with SAGE.
@@ -185,7 +185,7 @@ def install(
         ValueError: No block is found, one is wrapped already, the policy does not fit the model, or
             what was done to the model does not go with SAGE. The model is untouched then.
     """
-    policy = policy or SagePolicy()
+    policy = as_policy(policy)
     blocks = find_blocks(model, policy)
     if any(ATTRIBUTE in m.__dict__ for m in model.modules()):
         raise ValueError(

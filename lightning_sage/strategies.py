@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from lightning_sage.balance import Agreement, Mode
 from lightning_sage.callback import SageCallback
 from lightning_sage.discovery import find_blocks, left_dense_blocks
-from lightning_sage.policy import SagePolicy
+from lightning_sage.policy import Preset, SagePolicy, as_policy
 from lightning_sage.sharding import shard
 from lightning_sage.support import callbacks_of, configured
 from lightning_sage.tokens import Window, count_tokens, labels_are_shifted, loss_tokens
@@ -50,14 +50,14 @@ class _SageMixin(ParallelStrategy):
 
     def _configure(
         self,
-        policy: SagePolicy | None,
+        policy: SagePolicy | Preset | None,
         balance: Mode,
         token_weighted: bool | LossTokens,
         allow_untested: bool,
     ) -> None:
         if balance not in ("none", "mean", "max"):
             raise ValueError(f"balance must be one of none, mean, max, got {balance!r}")
-        self.policy, self.balance = policy, balance
+        self.policy, self.balance = None if policy is None else as_policy(policy), balance
         self.token_weighted, self.allow_untested = token_weighted, allow_untested
 
     @property
@@ -162,8 +162,8 @@ class SageStrategy(_SageMixin, DDPStrategy):
     rank's own sparse backward pass gives; buckets are reduced while earlier blocks are replayed.
 
     Args:
-        policy: Which tokens are kept and replayed; None is `SagePolicy()`. The policy of a
-            SageCallback in the same Trainer goes first.
+        policy: Which tokens are kept and replayed; None is the callback's own default.
+            The policy of a SageCallback in the same Trainer goes first.
         balance: How many rows a rank replays. `none`: as many as its policy says, and ranks wait
             for the one with most. `mean`: every block of every rank replays what the ranks want on
             average. `max`: what the one wants that wants most. Where ranks have fewer valid tokens
@@ -184,7 +184,7 @@ class SageStrategy(_SageMixin, DDPStrategy):
 
     def __init__(
         self,
-        policy: SagePolicy | None = None,
+        policy: SagePolicy | Preset | None = None,
         balance: Mode = "none",
         token_weighted: bool | LossTokens = False,
         allow_untested: bool = False,
@@ -233,7 +233,7 @@ class SageModelParallelStrategy(_SageMixin, ModelParallelStrategy):
 
     def __init__(
         self,
-        policy: SagePolicy | None = None,
+        policy: SagePolicy | Preset | None = None,
         balance: Mode = "none",
         token_weighted: bool | LossTokens = False,
         activation_dtype: Literal["bf16", "fp16"] | None = None,
@@ -274,7 +274,7 @@ class SageModelParallelStrategy(_SageMixin, ModelParallelStrategy):
         module = self._module
         self._refuse_precision()
         callback = sage_callback(trainer)
-        policy = callback.policy if callback is not None else self.policy or SagePolicy()
+        policy = callback.policy if callback is not None else as_policy(self.policy)
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}
         dtype = dtypes[self.activation_dtype]
         shard(

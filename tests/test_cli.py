@@ -270,7 +270,7 @@ def test_a_script_gets_the_pretrained_model_and_its_text():
 def test_quickstart_is_what_the_documents_say():
     cli = SageCLI(config("quickstart.yaml"), run=False)
     [sage] = [c for c in cli.trainer.callbacks if isinstance(c, SageCallback)]
-    assert sage.policy == SagePolicy()
+    assert sage.policy == SagePolicy.preset("balanced")
     assert cli.model.lora == LoRA()
     module = CausalLM(config=cli.model.config)
     module.configure_model()
@@ -289,6 +289,8 @@ def test_pretraining_needs_a_module_of_this_package():
     ("arguments", "policy"),
     [
         ({}, SagePolicy()),
+        ("memory", SagePolicy.preset("memory")),
+        (None, SagePolicy.preset("balanced")),
         ({"keep": 0.25}, SagePolicy(keep=0.25)),
         (
             {"keep": {"class_path": "lightning_sage.TopFraction", "init_args": {"fraction": 0.5}}},

@@ -23,7 +23,7 @@ from lightning_sage.compare.table import picture, read_records, remarks, standin
 from lightning_sage.compare.turns import Child, Task, take_turns
 from lightning_sage.memory import saved_bytes
 from lightning_sage.models import CausalLM
-from lightning_sage.presets import PRESETS
+from lightning_sage.policy import PRESETS
 from lightning_sage.saving import SavePretrained
 from tasks import LIGHTNING_WARNINGS, LLAMA
 from zoo import build, make_batch
@@ -99,14 +99,14 @@ def compared(tmp_path_factory):
         "init_args": {"directory": str(folder / "model")},
     }
     own = arguments(folder, callbacks=[YOURS, saving], devices=2, strategy="sage_ddp")
-    methods = "dense,checkpointing,keep=0.25,yours"
+    methods = "dense,checkpointing,memory,yours"
     main([*own, "--steps", "6", "--methods", methods, "--out", str(folder / "out")])
     return read_records(folder / "out"), folder
 
 
 def test_methods_train_on_the_same_batches(compared):
     records, _ = compared
-    assert [r["name"] for r in records] == ["dense", "checkpointing", "keep=0.25", "yours"]
+    assert [r["name"] for r in records] == ["dense", "checkpointing", "memory", "yours"]
     assert {(r["status"], r["steps_done"], r["seed"]) for r in records} == {("ok", 6, 3)}
     # over the end of an epoch, too
     assert len({r["batches"] for r in records}) == 1
@@ -152,7 +152,7 @@ def test_a_comparison_leaves_its_records_and_a_picture(compared, capsys):
 
 
 def test_a_method_that_fails_is_shown_and_the_others_go_on(tmp_path, capsys):
-    methods = "dense,checkpointing,keep=0.25,keep=0.25 int8"
+    methods = "dense,checkpointing,memory,speed"
     own = arguments(tmp_path, model=f"{__name__}.Fragile")
     main([*own, "--steps", "4", "--methods", methods, "--out", str(tmp_path / "out")])
     records = read_records(tmp_path / "out")
@@ -161,7 +161,7 @@ def test_a_method_that_fails_is_shown_and_the_others_go_on(tmp_path, capsys):
     # what is known of those that failed is written down as well
     assert all(r["config"]["seed_everything"] == 3 for r in records)
     printed = capsys.readouterr().out
-    for text in ("OOM (killed)", "keep=0.25: RuntimeError: broken on purpose", "signal 9"):
+    for text in ("OOM (killed)", "memory: RuntimeError: broken on purpose", "signal 9"):
         assert text in printed
     assert "RuntimeError" in (tmp_path / "out/keep-0-25.log").read_text()
 
@@ -269,21 +269,21 @@ def notes(tmp_path):
 
 def test_who_dies_loses_only_its_turn(tmp_path, monkeypatch):
     stub(monkeypatch, "def act(step): method == 'sage' and step and sys.exit('gone')")
-    records = run(tmp_path, "dense", "sage", "yours")
+    records = run(tmp_path, "dense", "balanced", "yours")
     assert [r["status"] for r in records] == ["ok", "failed", "ok"]
     assert records[1]["error"] == "gone"
     assert [name for what, name, _ in notes(tmp_path) if what == "step"] == [
-        *["dense", "sage", "yours"] * 2,
+        *["dense", "balanced", "yours"] * 2,
         *["dense", "yours"],
     ]
 
 
 def test_on_a_device_methods_run_one_after_the_other(tmp_path, monkeypatch):
     stub(monkeypatch, "note('start')\nDEVICE = 'cuda'")
-    assert [r["status"] for r in run(tmp_path, "dense", "sage")] == ["ok", "ok"]
+    assert [r["status"] for r in run(tmp_path, "dense", "balanced")] == ["ok", "ok"]
     whole = ["start", "step", "step", "step", "end"]
     found = [(what, name) for what, name, _ in notes(tmp_path)]
-    assert found == [(what, name) for name in ("dense", "sage") for what in whole]
+    assert found == [(what, name) for name in ("dense", "balanced") for what in whole]
 
 
 def test_nothing_of_a_preparation_stays_in_the_process(tmp_path, monkeypatch):
@@ -368,7 +368,7 @@ def test_what_a_killed_method_has_forked_neither_holds_the_others_up_nor_stays(t
 def test_exit_status_says_whether_all_failed(tmp_path, monkeypatch, capsys):
     stub(monkeypatch, "def act(step): sys.exit('gone')")
     with pytest.raises(SystemExit) as stopped:
-        main(["--methods", "dense,sage", "--out", str(tmp_path)])
+        main(["--methods", "dense,balanced", "--out", str(tmp_path)])
     assert stopped.value.code == 1
     printed = capsys.readouterr().out
     assert "dense: gone" in printed
@@ -419,14 +419,14 @@ def test_a_contest_is_the_configuration_without_what_gets_in_its_way(tmp_path, m
         "init_args": {"swa_lrs": 0.1, "device": None},
     }
     cli = contest(
-        tmp_path, "keep=0.25", "--ckpt_path=null", "--weights_only=null",
+        tmp_path, "memory", "--ckpt_path=null", "--weights_only=null",
         callbacks=[YOURS, save, stop, own, swa], max_epochs=7, num_nodes=2,
         accumulate_grad_batches=2, gradient_clip_val=0.5, fast_dev_run=True, limit_val_batches=3,
     )  # fmt: skip
     trainer = cli.trainer
     kinds = [type(c) for c in trainer.callbacks]
     assert kinds == [Turns, Noted, SageCallback, ContestMeter]
-    assert trainer.callbacks[2].policy == PRESETS["keep=0.25"]
+    assert trainer.callbacks[2].policy == PRESETS["memory"]
     assert not {SavePretrained, EarlyStopping} & set(kinds)
     assert (trainer.max_steps, trainer.max_epochs, trainer.limit_val_batches) == (4, -1, 0)
     assert (trainer.accumulate_grad_batches, trainer.gradient_clip_val) == (2, 0.5)
@@ -436,20 +436,28 @@ def test_a_contest_is_the_configuration_without_what_gets_in_its_way(tmp_path, m
     assert cli.yours == "yours"
 
 
+# the preset, written out
+MEMORY = {
+    "keep": {"class_path": "ImportanceSampling", "init_args": {"fraction": 0.25}},
+    "replay": None,
+    "cache_dtype": "int8",
+}
+
+
 @pytest.mark.parametrize(
     ("callbacks", "strategy", "own"),
     [
         ([], "auto", None),
-        ([], "sage_ddp", "sage"),
-        ([{"class_path": "lightning_sage.SageCallback"}], "auto", "sage"),
+        ([], "sage_ddp", "balanced"),
+        ([{"class_path": "lightning_sage.SageCallback"}], "auto", "balanced"),
         ([YOURS], "sage_ddp", "yours"),
         (
             [],
             {
                 "class_path": "lightning_sage.SageStrategy",
-                "init_args": {"policy": {"keep": 0.25, "blocks": ["model.*.layers.*"]}},
+                "init_args": {"policy": {**MEMORY, "blocks": ["model.*.layers.*"]}},
             },
-            "keep=0.25",
+            "memory",
         ),
     ],
 )
@@ -505,7 +513,7 @@ def test_batches_do_not_depend_on_what_a_method_draws(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["lightning-sage"])
     found = []
     # the default draws the rows that it replays
-    for method in ("dense", "sage"):
+    for method in ("dense", "balanced"):
         own = f"--data={__name__}.Shuffled"
         cli = contest(tmp_path, method, own, steps=6)
         cli.fit()
@@ -514,7 +522,7 @@ def test_batches_do_not_depend_on_what_a_method_draws(tmp_path, monkeypatch):
     assert found[0]["batches"] == found[1]["batches"]
 
 
-@pytest.mark.parametrize("method", ["dense", "keep=0.25"])
+@pytest.mark.parametrize("method", ["dense", "memory"])
 def test_checkpointing_of_the_configuration_is_switched_off(tmp_path, monkeypatch, method):
     monkeypatch.setattr("sys.argv", ["lightning-sage"])
     saved = []
@@ -596,7 +604,7 @@ def record(name, saved=None, seconds=None, **more):
 RECORDS = [
     record("dense", 744.0, 1.0, loss=2.5, tokens_per_s={"median": 20480.0}),
     record("checkpointing", 36.0, 1.34, checkpointing="Hugging Face's"),
-    record("keep=0.25", 9.0, 0.67, own="keep=0.25", fidelity_cosine=0.9321, kept_fraction=0.25),
+    record("memory", 9.0, 0.67, own="memory", fidelity_cosine=0.9321, kept_fraction=0.25),
 ]
 
 
@@ -611,7 +619,7 @@ def test_the_table():
     lines = [" ".join(line.split()) for line in text_of(RECORDS).splitlines()]
     assert "dense 744.0 1.000 20.667 1.00 1.000 0.746 20,480 2.5000 exact" in lines
     assert "checkpointing 36.0 0.048 1.000 1.34 1.340 1.000 exact" in lines
-    assert "keep=0.25 (yours) 9.00 0.012 0.250 0.670 0.670 0.500 0.932 25%" in lines
+    assert "memory (yours) 9.00 0.012 0.250 0.670 0.670 0.500 0.932 25%" in lines
 
 
 def test_the_table_fits_a_narrow_terminal():
@@ -624,11 +632,11 @@ def test_the_table_fits_a_narrow_terminal():
 
 
 def test_the_table_without_baselines_or_results():
-    lost = [record("dense", error="x"), record("sage", status="failed", error="y")]
+    lost = [record("dense", error="x"), record("balanced", status="failed", error="y")]
     assert "OOM" in text_of(lost)
     assert "failed" in text_of(lost)
     assert remarks(lost) == ["dense: x", "sage: y"]
-    assert "keep=0.25 (yours)" in text_of(RECORDS[2:])
+    assert "memory (yours)" in text_of(RECORDS[2:])
 
 
 def test_remarks_warn_of_what_does_not_compare():
@@ -638,7 +646,7 @@ def test_remarks_warn_of_what_does_not_compare():
     other = {**RECORDS[1], "batches": "b", "notes": ["one device, not devices=2"]}
     ended = {**RECORDS[2], "steps_done": 20, "batches": "c"}
     assert remarks([RECORDS[0], other, ended])[1:] == [
-        "warning: keep=0.25 (yours) ended after 20 of 50 steps",
+        "warning: memory (yours) ended after 20 of 50 steps",
         "warning: checkpointing saw other batches than dense, as their checksums differ: losses do "
         "not compare",
     ]
@@ -662,7 +670,7 @@ def words(records, tmp_path, monkeypatch):
 
 def test_no_label_of_the_picture_hides_another(tmp_path, monkeypatch):
     crowd = [record(f"keep=0.{n}", 20.0 + n / 50, 0.6 + n / 500) for n in range(1, 8)]
-    lost = [record("yours", error="x"), record("sage", status="killed", error="y")]
+    lost = [record("yours", error="x"), record("balanced", status="killed", error="y")]
     texts, whole = words([*RECORDS, *crowd, *lost], tmp_path, monkeypatch)
     assert len(texts) == 11
     assert "not in the picture\nyours: OOM\nsage: OOM (killed)" in texts

@@ -19,7 +19,7 @@ from lightning_sage.memory import saved_bytes
 from lightning_sage.memory_size import parse_size
 from lightning_sage.models import CausalLM, LoRA
 from lightning_sage.policy import ImportanceSampling
-from lightning_sage.presets import PRESETS
+from lightning_sage.policy import PRESETS
 from lightning_sage.selections import GradientMass, RandomTokens, TopMass
 
 pytestmark = [
@@ -161,14 +161,14 @@ def test_rows_kept_follow_from_the_tokens_that_bear_loss(tokens):
         return transformers.AutoModelForCausalLM.from_config(config())
 
     found = estimate(build, 2, 100, presets=PRESETS, loss_tokens=tokens).footprints
-    assert found["keep=0.25"].kept == pytest.approx(0.25 + 0.05 * (tokens == 1.0), abs=0.05)
-    assert found["replay=0.25"].kept == 1
-    assert (found["keep=0.25"].kept_by, found["sage"].kept_by) == ("policy", "flat attention")
-    # the first 80 of 100 hold the mass; loss rows are the last
-    assert found["sage"].kept == pytest.approx(min(1.0, 0.8 + max(tokens, 0.01)), abs=0.02)
+    assert found["memory"].kept == pytest.approx(0.25 + 0.05 * (tokens == 1.0), abs=0.05)
+    assert found["speed"].kept == pytest.approx(min(1.0, 0.85 + max(tokens, 0.01)), abs=0.02)
+    assert (found["memory"].kept_by, found["balanced"].kept_by) == ("policy", "flat attention")
+    # the first 85 of 100 hold the mass; loss rows are the last
+    assert found["balanced"].kept == pytest.approx(min(1.0, 0.85 + max(tokens, 0.01)), abs=0.02)
     capped = {"capped": SagePolicy(keep=TopMass(0.8, max_fraction=0.4))}
     assert estimate(build, 2, 100, presets=capped).footprints["capped"].kept <= 0.46
-    given = estimate(build, 2, 100, presets=PRESETS, kept=0.5).footprints["sage"]
+    given = estimate(build, 2, 100, presets=PRESETS, kept=0.5).footprints["balanced"]
     assert (given.kept, given.kept_by) == (0.5, "given")
 
 
@@ -355,7 +355,7 @@ def test_table():
 
     found = estimate(build, 2, 64, SagePolicy(keep=0.1), memory="64MiB")
     shown = text(found)
-    for word in ("yours", "checkpointing", "replay=0.25", "512 #", "100% *", "weights 13"):
+    for word in ("yours", "checkpointing", "speed", "512 #", "100% *", "weights 13"):
         assert word in shown
     assert any("--kept" in note for note in notes(found))
     assert [size_text(x) for x in (999, 2**20)] == ["999 B", "1 MiB"]

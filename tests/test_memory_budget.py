@@ -269,7 +269,7 @@ def test_the_gradient_is_looked_at_when_the_budget_has_settled(tmp_path):
 
 def test_a_policy_of_none_starts_from_every_token():
     assert SageCallback(memory_budget="1GiB").policy == SagePolicy(keep=AllTokens())
-    assert SageCallback().policy == SagePolicy()
+    assert SageCallback().policy == SagePolicy.preset("balanced")
 
 
 class Short(Task):

@@ -14,6 +14,7 @@ from lightning_sage import (
     TopFraction,
     TopMass,
 )
+from lightning_sage.policy import as_policy
 from lightning_sage.sampling import _inclusion
 
 B, T = 3, 20
@@ -186,6 +187,14 @@ def test_dense_blocks():
         SagePolicy(dense_blocks=(5,)).left_dense(5)
     with pytest.raises(ValueError, match="leaves none"):
         SagePolicy(dense_blocks=5).left_dense(5)
+
+
+def test_presets_have_names():
+    assert as_policy(None) == as_policy("balanced") == SagePolicy.preset("balanced")
+    assert as_policy(SagePolicy()) == SagePolicy()
+    for name in ("balanced, safe", "Memory", ""):
+        with pytest.raises(ValueError, match="choose among memory, balanced, speed, paper"):
+            as_policy(name)
 
 
 def test_policies_compare_and_print_by_value():

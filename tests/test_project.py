@@ -38,7 +38,6 @@ MAY_IMPORT = {
     "selections": {"torch"},
     "sampling": {"torch", "selections"},
     "policy": {"torch", "selections", "sampling"},
-    "presets": {"policy", "selections"},
     "errors": set(),
     "memory_size": set(),
     "adapters": {"torch"},
@@ -196,7 +195,7 @@ MAY_IMPORT = {
     "estimate/largest": set(),
     "estimate/prediction": {
         "torch", "errors", "estimate/fakes", "estimate/footprint", "estimate/largest",
-        "estimate/rehearsed_model", "memory_size", "policy", "presets", "selections",
+        "estimate/rehearsed_model", "memory_size", "policy", "selections",
     },
     "estimate/__init__": {"estimate/prediction"},
     "estimate/command": {
@@ -210,11 +209,11 @@ MAY_IMPORT = {
         "watch", "compare/checkpointing", "compare/turns",
     },
     "compare/contest": {
-        "torch", "lightning", "callback", "cli", "configured", "models", "policy", "presets",
+        "torch", "lightning", "callback", "cli", "configured", "models", "policy",
         "saving", "watch", "compare/callbacks", "compare/turns",
     },
     "compare/table": {"rich", "matplotlib"},
-    "compare/command": {"rich", "presets", "compare/table", "compare/turns"},
+    "compare/command": {"rich", "policy", "compare/table", "compare/turns"},
     "commands": set(),
     "__main__": {"commands"},
 }  # fmt: skip

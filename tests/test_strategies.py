@@ -395,7 +395,9 @@ def policies(rank, own, given):
 @pytest.mark.parametrize(
     ("own", "given", "used", "said"),
     [
-        (None, None, SagePolicy(), 0),
+        (None, None, SagePolicy.preset("balanced"), 0),
+        ("speed", None, SagePolicy.preset("speed"), 0),
+        ("speed", SagePolicy.preset("speed"), SagePolicy.preset("speed"), 0),
         (HALF, None, HALF, 0),
         (None, HALF, HALF, 0),
         (ADAPTIVE, HALF, HALF, 1),

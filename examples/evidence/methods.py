@@ -12,14 +12,12 @@ def bare(keep: Selection, **changes: str) -> SagePolicy:
 
 
 _ALL = AllTokens()
-_SALIENT = TopMass(0.85)
 
 # None trains every token: densely, or with every block recomputed
 METHODS: dict[str, SagePolicy | None] = {
     "dense": None,
     "checkpointing": None,
-    "balanced": SagePolicy(keep=_SALIENT, replay=ImportanceSampling(0.2), cache_dtype="int8"),
-    "paper": bare(TopMass(0.8)),
+    **{name: SagePolicy.preset(name) for name in ("balanced", "paper", "memory", "speed")},
     **{f"random {f}": bare(RandomTokens(f)) for f in (0.25, 0.125)},
     **{f"paper {f}": bare(TopFraction(f)) for f in (0.25, 0.125)},
     **{f"keep {f}": SagePolicy(keep=f, replay=None) for f in (0.5, 0.25, 0.125, 0.0625)},
@@ -32,11 +30,8 @@ METHODS: dict[str, SagePolicy | None] = {
     ),
     "mass 0.8 sampled 0.5": SagePolicy(keep=TopMass(0.8), replay=ImportanceSampling(0.5)),
     **{f"replay {f}": SagePolicy(keep=_ALL, replay=f) for f in (0.25, 0.125)},
-    "balanced not drawn": SagePolicy(keep=_SALIENT, replay=0.2, cache_dtype="int8"),
-    **{
-        f"sampled keep {f}": SagePolicy(keep=ImportanceSampling(f), replay=None)
-        for f in (0.25, 0.125)
-    },
+    "balanced not drawn": SagePolicy(keep=TopMass(0.85), replay=0.2, cache_dtype="int8"),
+    "sampled keep 0.125": SagePolicy(keep=ImportanceSampling(0.125), replay=None),
     "paper skip": bare(TopMass(0.8), unselected="skip"),
 }
 
@@ -60,6 +55,7 @@ LADDER = {
     "sampled replay 0.5 salient": "sampled replay 0.5",
     "sampled replay 0.25": "sampled replay 0.5",
     "sampled replay 0.125": "sampled replay 0.5",
-    "sampled keep 0.25": "sampled replay 0.5",
+    "memory": "sampled replay 0.5",
+    "speed": "balanced",
     "sampled keep 0.125": "sampled replay 0.5",
 }

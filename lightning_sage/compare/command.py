@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lightning_sage.compare.table import NAME, PICTURE, picture, read_records, remarks, standings
 from lightning_sage.compare.turns import Child, Task, take_turns
-from lightning_sage.presets import PRESETS
+from lightning_sage.policy import PRESETS
 
 METHODS = ("dense", "checkpointing", *PRESETS, "yours")
 # -P: no folder goes before those that this process looks for modules in

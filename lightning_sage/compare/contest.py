@@ -33,8 +33,7 @@ from lightning_sage.compare.callbacks import ContestMeter, Turns
 from lightning_sage.compare.turns import Parent, Task
 from lightning_sage.configured import as_list, policy_of, sage_among
 from lightning_sage.models import HuggingFaceModule
-from lightning_sage.policy import SagePolicy
-from lightning_sage.presets import PRESETS
+from lightning_sage.policy import PRESETS, SagePolicy
 from lightning_sage.saving import SavePretrained
 from lightning_sage.watch.reporter import plain, versions
 

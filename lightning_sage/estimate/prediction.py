@@ -20,8 +20,7 @@ from lightning_sage.estimate.rehearsed_model import (
     precision_of,
 )
 from lightning_sage.memory_size import parse_size
-from lightning_sage.policy import SagePolicy
-from lightning_sage.presets import PRESETS
+from lightning_sage.policy import PRESETS, SagePolicy
 from lightning_sage.selections import checked_fraction
 
 YOURS = "yours"
