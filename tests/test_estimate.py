@@ -18,8 +18,7 @@ from lightning_sage.estimate.prediction import estimate
 from lightning_sage.memory import saved_bytes
 from lightning_sage.memory_size import parse_size
 from lightning_sage.models import CausalLM, LoRA
-from lightning_sage.policy import ImportanceSampling
-from lightning_sage.policy import PRESETS
+from lightning_sage.policy import PRESETS, ImportanceSampling
 from lightning_sage.selections import GradientMass, RandomTokens, TopMass
 
 pytestmark = [
