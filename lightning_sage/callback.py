@@ -89,9 +89,8 @@ class SageCallback(Callback):
         strict: bool = True,
     ) -> None:
         super().__init__()
-        if policy is None and memory_budget is not None:
-            policy = SagePolicy(keep=AllTokens())
-        policy = as_policy(policy)
+        every = None if memory_budget is None else SagePolicy(keep=AllTokens())
+        policy = as_policy(every if policy is None else policy)
         self.settings = Watching(
             policy,
             log_every_n_steps,

@@ -11,6 +11,7 @@ from torch import nn
 
 import zoo
 from lightning_sage import AllTokens, SagePolicy, install
+from lightning_sage.engine import backward
 from lightning_sage.estimate.command import estimate_table, main, notes, size_text
 from lightning_sage.estimate.fakes import without_memory
 from lightning_sage.estimate.largest import largest, largest_each
@@ -152,6 +153,26 @@ def test_precisions(name, precision):
     assert found["dense"].weights == sum(
         x.untyped_storage().nbytes() for x in {*model.parameters(), *model.buffers()}
     )
+
+
+@pytest.mark.parametrize("attention", ["kept", "salient"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_a_replay_saves_what_is_predicted(monkeypatch, name, attention):
+    policy = SagePolicy(keep=AllTokens(), replay=0.25, attention=attention)
+    model, batch = zoo.build(name), zoo.make_batch(name, None, size=4, length=64)
+    batch.pop("attention_mask", None)
+    inputs = {"presets": {"one": policy}, "inputs": lambda b, t: batch}
+    found = estimate(model, 4, 64, **inputs).footprints["one"]
+    seen = []
+    with install(model, policy):
+        loss = model(**batch).loss
+        with saved_bytes(exclude=[*model.parameters(), *model.buffers()]) as held:
+            gradients = backward._gradients
+            monkeypatch.setattr(
+                backward, "_gradients", lambda *args: seen.append(held()) or gradients(*args)
+            )
+            loss.backward()
+    assert seen == [found.replay] * 2
 
 
 @pytest.mark.parametrize("tokens", [0.01, 0.3, 1.0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from lightning_sage.engine.drops import Seed
 from lightning_sage.engine.flash import FlashMask
 from lightning_sage.engine.intercept import Tap
 from lightning_sage.engine.job import Surroundings
-from lightning_sage.engine.keys import can_be_made
+from lightning_sage.engine.keys import UpToAttention, can_be_made, key_rows
 from lightning_sage.engine.masks import visibility
 from lightning_sage.engine.packing import store
 from lightning_sage.engine.replay import Crossing, Recorder, Replayer
@@ -51,6 +52,12 @@ class _Watcher(Recorder):
 
 
 class _Replay(Replayer):
+    def dropout(self, x: Tensor, p: float) -> Tensor:
+        """Its mask is drawn again."""
+        return x
+
+
+class _Keys(UpToAttention):
     def dropout(self, x: Tensor, p: float) -> Tensor:
         """Its mask is drawn again."""
         return x
@@ -157,27 +164,54 @@ class Rehearsal:
         arguments: Arguments,
         cache: SparseCache,
         policy: SagePolicy,
+        as_keys: bool,
     ) -> int:
-        """Bytes that the replay of the rows saves besides the cache."""
-        hidden = arguments.leaves[arguments.hidden]
-        B, T, C = hidden.shape
+        """Bytes that the replay of the rows saves besides the cache.
+
+        Args:
+            forward: The block's.
+            arguments: Of its call.
+            cache: What it would hold.
+            policy: Says how many rows are replayed.
+            as_keys: Whether the kept rows that are not replayed are run up to attention.
+        """
+        B, T, _ = arguments.leaves[arguments.hidden].shape
         count, wanted = len(cache.index), None
         if policy.replayer is not None:
             wanted = policy.replayer.replay_count(count, B * T)
-        picked = None
+        picked = others = None
         if wanted is not None and wanted < count:
             picked = torch.empty(wanted, dtype=torch.int64)
+            others = torch.empty(count - wanted, dtype=torch.int64)
         rows = Rows(cache.index if picked is None else picked, B, T)
         ledger = Ledger(self._there)
         ledger.exclude(x for x in cache.taken_apart()[0] if x is not None)
         saved: set[int] = set()
         with torch.enable_grad(), ledger.saves(lambda: saved):
-            start = cache.hidden.some(picked, (C,), hidden.dtype).detach().requires_grad_()
-            replaced: dict[int, Any] = {
-                i: arguments.packed(i, arguments.leaves[i], rows) for i in arguments.shared()
-            }
-            replaced[arguments.hidden] = start.unsqueeze(0)
-            args, kwargs = arguments.call(replaced)
-            with Tap(_Replay(Seed(0), rows, cache.attention, picked)):
-                forward(*args, **kwargs)
+            handler = _Replay(Seed(0), rows, cache.attention, picked)
+            if as_keys and picked is not None and others is not None:
+                kept, left = Rows(cache.index, B, T), Rows(others, B, T)
+                first = _Keys(Seed(0), left, (1, len(left)))
+                run = partial(self._run, forward, arguments, cache, first, others)
+                handler.key_rows = key_rows(run, first, kept, (picked, others))
+            self._run(forward, arguments, cache, handler, picked)
         return ledger.total(saved)
+
+    def _run(
+        self,
+        forward: Callable[..., Any],
+        arguments: Arguments,
+        cache: SparseCache,
+        handler: _Keys | _Replay,
+        picked: Tensor | None,
+    ) -> None:
+        """Run the block on some of the kept rows."""
+        hidden = arguments.leaves[arguments.hidden]
+        start = cache.hidden.some(picked, hidden.shape[2:], hidden.dtype).detach().requires_grad_()
+        replaced: dict[int, Any] = {
+            i: arguments.packed(i, arguments.leaves[i], handler.rows) for i in arguments.shared()
+        }
+        replaced[arguments.hidden] = start.unsqueeze(0)
+        args, kwargs = arguments.call(replaced)
+        with Tap(handler):
+            forward(*args, **kwargs)
