@@ -30,7 +30,7 @@ METHODS: dict[str, SagePolicy | None] = {
     ),
     "mass 0.8 sampled 0.5": SagePolicy(keep=TopMass(0.8), replay=ImportanceSampling(0.5)),
     **{f"replay {f}": SagePolicy(keep=_ALL, replay=f) for f in (0.25, 0.125)},
-    "balanced not drawn": SagePolicy(keep=TopMass(0.85), replay=0.2, cache_dtype="int8"),
+    "balanced not drawn": SagePolicy(keep=TopMass(0.85), replay=0.25, cache_dtype="int8"),
     "sampled keep 0.125": SagePolicy(keep=ImportanceSampling(0.125), replay=None),
     "paper skip": bare(TopMass(0.8), unselected="skip"),
 }

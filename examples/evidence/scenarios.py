@@ -88,23 +88,21 @@ SCENARIOS = {
     for scenario in (
         Scenario(
             name="classify-lora",
-            title="Which package is a docstring from? MiniLM, LoRA r=16, 16 x 128 tokens, bf16",
+            title="Which package is a docstring from? MiniLM, LoRA r=16, 16 x 128 tokens",
             judged="val_accuracy",
             steps=50,
             lrs=_ADAPTERS_LRS,
             module=_module(SequenceClassifier, bases.minilm, _SENTENCES, _ADAPTERS),
             data=_docstrings,
-            precision="bf16-mixed",
         ),
         Scenario(
             name="classify-full",
-            title="Which package is a docstring from? MiniLM, full, 16 x 128 tokens, bf16",
+            title="Which package is a docstring from? MiniLM, full, 16 x 128 tokens",
             judged="val_accuracy",
             steps=50,
             lrs=(1e-4, 2e-4, 4e-4),
             module=_module(SequenceClassifier, bases.minilm, _SENTENCES),
             data=_docstrings,
-            precision="bf16-mixed",
         ),
         Scenario(
             name="answer",
