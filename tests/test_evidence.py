@@ -171,6 +171,8 @@ def test_the_report_pairs_seeds(tmp_path, capsys):
     # of the tuning: better than seed 0 at the other, but not what was chosen
     lines.append(record("balanced", 0, 0.5, lr=2e-3))
     lines.append(record("paper", 0, None, error="RuntimeError('broken')"))
+    # another number of steps, of which there is no dense training
+    lines += [record("balanced", seed, loss - 1, steps=120) for seed, loss in mine.items()]
     # before the method was changed
     lines.insert(0, record("balanced", 0, 50.0, policy={"keep": "another"}))
     lines.insert(0, record("balanced", 9, 50.0, policy={"keep": "another"}))
@@ -185,6 +187,13 @@ def test_the_report_pairs_seeds(tmp_path, capsys):
     # differences 0.1, 0.3, 0.2: mean 0.2, deviation 0.1; t of 2 degrees is 4.3027
     half = 4.3027 * 0.1 / math.sqrt(3)
     assert {"2.00", "0.80", "+0.2000", f"{0.2 - half:+.4f} to {0.2 + half:+.4f}", "4"} <= set(cells)
+    assert "after 120 steps, dense training after 60" in text
+    longer = text[text.index("after 120 steps") :]
+    assert [line.split("|")[1].strip() for line in longer.splitlines()[2:6]][2:] == [
+        "dense", "balanced"
+    ]  # fmt: skip
+    assert "| 1.60 |" in " ".join(longer.split())
+    assert f"{-0.8 - half:+.4f} to {-0.8 + half:+.4f}" in longer
     assert "2 lines are of earlier policies" in text
     assert "- paper: `RuntimeError('broken')`" in text
     mean, found, n = report.difference(mine, dense)

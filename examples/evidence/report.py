@@ -35,8 +35,8 @@ BENEATH = (
     "The mean over seeds of the metric that is named above the table, after the last step, and of "
     "its difference to dense training with the same seed, batches and number of steps. Each is at "
     "the learning rate that was best for seed 0, or best for a relative. Intervals are Student's. "
-    "`operations` counts the products of a step, forward and backward. `cosine`, `norm ratio` and "
-    "`squared error` compare the gradient of what is trained in the blocks with the dense one."
+    "`operations` counts the products of a training. `cosine`, `norm ratio` and `squared error` "
+    "compare the gradient of what is trained in the blocks with the dense one."
 )
 
 
@@ -75,6 +75,11 @@ class Method:
         }
 
     @property
+    def steps(self) -> int | None:
+        """Of its trainings."""
+        return next((r["steps"] for runs in self.by_lr.values() for r in runs.values()), None)
+
+    @property
     def failed(self) -> int:
         """How many trainings have, at any learning rate."""
         return sum(bool(r["error"]) for runs in self.by_lr.values() for r in runs.values())
@@ -96,7 +101,16 @@ def read(path: Path) -> dict[tuple[str, int], list[Record]]:
             trained[record["scenario"], record["steps"]].append(record)
     for name in {cost["scenario"] for cost in costs} - {name for name, _ in trained}:
         trained[name, 0] = []
-    return {k: [*(c for c in costs if c["scenario"] == k[0]), *v] for k, v in trained.items()}
+    found = {}
+    for (name, steps), runs in trained.items():
+        own, known = [c for c in costs if c["scenario"] == name], {r["method"] for r in runs}
+        if runs and "dense" not in known:
+            # methods that alone took as many steps are compared with dense training's number
+            other = next((v for (n, s), v in trained.items() if n == name and s != steps), [])
+            runs = [*(r for r in other if r["method"] == "dense"), *runs]
+            own = [c for c in own if c["method"] in known | {"dense"}]
+        found[name, steps] = [*own, *runs]
+    return found
 
 
 def current(records: Sequence[Record]) -> list[Record]:
@@ -154,7 +168,8 @@ def row(name: str, found: dict[str, Method], metric: str) -> tuple[str, ...]:
         _number(cost.get("cached_mib"), ".1f"),
         _number(ratio(cost, checkpointing, "cached_mib"), ".2f"),
         *(_number(cost.get(f"{kind}_fraction"), ".0%") for kind in ("kept", "replayed")),
-        *(_number(ratio(cost, dense.cost, kind), ".2f") for kind in ("operations", "step_s")),
+        _number(operations(method, dense), ".2f"),
+        _number(ratio(cost, dense.cost, "step_s"), ".2f"),
         *(_number(cost.get(kind), ".3f") for kind in ("cosine", "norm_ratio", "squared_error")),
         _number(method.lr, "g"),
         _number(fmean(results.values()) if results else None, ".4f"),
@@ -171,6 +186,12 @@ def ratio(mine: Record, other: Record, kind: str) -> float | None:
     return mine[kind] / other[kind] if known else None
 
 
+def operations(mine: Method, dense: Method) -> float | None:
+    """Of a training, by those of dense training; None where they were not counted."""
+    step = ratio(mine.cost, dense.cost, "operations")
+    return step and step * ((mine.steps or 1) / (dense.steps or 1) if mine.steps else 1)
+
+
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
@@ -180,6 +201,8 @@ def section(records: Sequence[Record]) -> str:
     last, found = records[-1], methods_of(records)
     metric, steps = last["judged"], last.get("steps")
     judged = f"Judged by {metric} after {steps} steps" if steps else "Not yet trained"
+    if others := {r["steps"] for r in records if r["kind"] == "train"} - {steps}:
+        judged += f", dense training after {', '.join(map(str, others))}"
     table = _markdown(COLUMNS, [row(name, found, metric) for name in found])
     start = next((m.cost["start"][metric] for m in found.values() if m.cost), None)
     before = f", {start:.4f} where costs were measured" if start is not None else ""
@@ -235,14 +258,14 @@ def _panel(axis: Any, records: Sequence[Record], drawn: Any) -> None:
     dense, cached = found["dense"], found["checkpointing"].cost
     points = []
     for name, method in found.items():
-        x = ratio(method.cost, dense.cost, "operations")
+        x = operations(method, dense)
         compared = difference(method.results(metric), dense.results(metric))
         if x is not None and compared is not None:
             colour = ratio(method.cost, cached, "cached_mib")
             points.append((x, *compared[:2], colour if colour is not None else math.nan, name))
     axis.axhline(0, color="0.7", linewidth=1)
     axis.set_title(records[-1]["title"], fontsize=9)
-    axis.set_xlabel("operations of a step / dense")
+    axis.set_xlabel("operations / dense")
     axis.set_ylabel(
         f"{metric}, minus dense ({'up' if metric == 'val_accuracy' else 'down'} is good)"
     )
