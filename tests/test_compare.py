@@ -48,7 +48,7 @@ class Fragile(CausalLM):
             raise torch.OutOfMemoryError("no room for 2 GiB")
         if sage is None and batch_idx == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        if sage is not None and sage.policy.cache_dtype is None:
+        if sage is not None and sage.policy.replay is None:
             raise RuntimeError("broken on purpose")
         return super().training_step(batch, batch_idx)
 
@@ -139,7 +139,7 @@ def test_a_comparison_leaves_its_records_and_a_picture(compared, capsys):
     left = {path.name for path in folder.iterdir()}
     assert left == {"rows.jsonl", "config.yaml", "out"}
     files = {path.name for path in (folder / "out").iterdir()}
-    logs = {"dense.log", "checkpointing.log", "keep-0-25.log", "yours.log"}
+    logs = {"dense.log", "checkpointing.log", "memory.log", "yours.log"}
     assert files == {"compare.jsonl", "compare.png", *logs}
     (folder / "out/compare.png").unlink()
     main(["--from", str(folder / "out")])
@@ -163,7 +163,7 @@ def test_a_method_that_fails_is_shown_and_the_others_go_on(tmp_path, capsys):
     printed = capsys.readouterr().out
     for text in ("OOM (killed)", "memory: RuntimeError: broken on purpose", "signal 9"):
         assert text in printed
-    assert "RuntimeError" in (tmp_path / "out/keep-0-25.log").read_text()
+    assert "RuntimeError" in (tmp_path / "out/memory.log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def notes(tmp_path):
 
 
 def test_who_dies_loses_only_its_turn(tmp_path, monkeypatch):
-    stub(monkeypatch, "def act(step): method == 'sage' and step and sys.exit('gone')")
+    stub(monkeypatch, "def act(step): method == 'balanced' and step and sys.exit('gone')")
     records = run(tmp_path, "dense", "balanced", "yours")
     assert [r["status"] for r in records] == ["ok", "failed", "ok"]
     assert records[1]["error"] == "gone"
@@ -372,7 +372,7 @@ def test_exit_status_says_whether_all_failed(tmp_path, monkeypatch, capsys):
     assert stopped.value.code == 1
     printed = capsys.readouterr().out
     assert "dense: gone" in printed
-    assert "sage: gone" in printed
+    assert "balanced: gone" in printed
     assert not (tmp_path / "compare.png").exists()
 
 
@@ -635,7 +635,7 @@ def test_the_table_without_baselines_or_results():
     lost = [record("dense", error="x"), record("balanced", status="failed", error="y")]
     assert "OOM" in text_of(lost)
     assert "failed" in text_of(lost)
-    assert remarks(lost) == ["dense: x", "sage: y"]
+    assert remarks(lost) == ["dense: x", "balanced: y"]
     assert "memory (yours)" in text_of(RECORDS[2:])
 
 
@@ -673,7 +673,7 @@ def test_no_label_of_the_picture_hides_another(tmp_path, monkeypatch):
     lost = [record("yours", error="x"), record("balanced", status="killed", error="y")]
     texts, whole = words([*RECORDS, *crowd, *lost], tmp_path, monkeypatch)
     assert len(texts) == 11
-    assert "not in the picture\nyours: OOM\nsage: OOM (killed)" in texts
+    assert "not in the picture\nyours: OOM\nbalanced: OOM (killed)" in texts
     boxes = [box.padded(-1) for name, box in texts.items()]
     assert all(whole.contains(*corner) for box in boxes for corner in (box.min, box.max))
     labels = [(n, b) for n, b in texts.items() if n.startswith(("keep", "dense"))]
