@@ -437,11 +437,7 @@ def test_a_contest_is_the_configuration_without_what_gets_in_its_way(tmp_path, m
 
 
 # the preset, written out
-MEMORY = {
-    "keep": {"class_path": "ImportanceSampling", "init_args": {"fraction": 0.25}},
-    "replay": None,
-    "cache_dtype": "int8",
-}
+MEMORY = {"keep": 0.25, "replay": None, "cache_dtype": "int8"}
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,10 @@ METHODS: dict[str, SagePolicy | None] = {
     "mass 0.8 sampled 0.5": SagePolicy(keep=TopMass(0.8), replay=ImportanceSampling(0.5)),
     **{f"replay {f}": SagePolicy(keep=_ALL, replay=f) for f in (0.25, 0.125)},
     "balanced not drawn": SagePolicy(keep=TopMass(0.85), replay=0.25, cache_dtype="int8"),
-    "sampled keep 0.125": SagePolicy(keep=ImportanceSampling(0.125), replay=None),
+    **{
+        f"sampled keep {f}": SagePolicy(keep=ImportanceSampling(f), replay=None)
+        for f in (0.25, 0.125)
+    },
     "paper skip": bare(TopMass(0.8), unselected="skip"),
 }
 
@@ -55,7 +58,8 @@ LADDER = {
     "sampled replay 0.5 salient": "sampled replay 0.5",
     "sampled replay 0.25": "sampled replay 0.5",
     "sampled replay 0.125": "sampled replay 0.5",
-    "memory": "sampled replay 0.5",
+    "memory": "keep 0.25",
     "speed": "balanced",
+    "sampled keep 0.25": "sampled replay 0.5",
     "sampled keep 0.125": "sampled replay 0.5",
 }
