@@ -253,6 +253,12 @@ def figure(scenarios: Sequence[Sequence[Record]], path: Path) -> None:
     pyplot.close(drawn)
 
 
+def _can_be_drawn(records: Sequence[Record]) -> bool:
+    """Whether costs are known, and all trainings took as many steps."""
+    steps = {record["steps"] for record in records if record["kind"] == "train"}
+    return len(steps) == 1 and any(record["kind"] == "cost" for record in records)
+
+
 def _panel(axis: Any, records: Sequence[Record], drawn: Any) -> None:
     found, metric = methods_of(records), records[-1]["judged"]
     dense, cached = found["dense"], found["checkpointing"].cost
@@ -309,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parts = ["# Does it end where dense training does?", findings, "## Measured", BENEATH]
     parts += map(section, scenarios)
     out.write_text("\n\n".join(parts) + "\n")
-    figure(scenarios, out.with_suffix(".png"))
+    figure([r for r in scenarios if _can_be_drawn(r)], out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
