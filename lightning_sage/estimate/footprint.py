@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from lightning_sage.discovery import find_blocks
 from lightning_sage.engine.arguments import Arguments
 from lightning_sage.engine.job import Surroundings
-from lightning_sage.engine.keys import can_be_made
 from lightning_sage.engine.session import Session
 from lightning_sage.estimate.fakes import Known
 from lightning_sage.estimate.ledger import Ledger
@@ -207,9 +206,8 @@ class Watch:
                     own = (kept.keys, sight.first, sight.stop, sight.keys, sight.mask)
                     sights.update(*(ledger.add(x) for x in own if x is not None))
                 with surroundings.restored():
-                    as_keys = policy.attention == "kept" and can_be_made(seen)
                     call.replay[name] = self._rehearsal.replayed(
-                        forward, arguments, cache, policy, as_keys
+                        forward, arguments, cache, policy, seen
                     )
             self._known_calls[kind] = call.own, call.replay, sights
         call.own, call.replay, sights = self._known_calls[kind]

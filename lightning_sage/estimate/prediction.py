@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -136,29 +137,39 @@ def estimate(
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> config = LlamaConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4)
         >>> found = estimate(lambda: LlamaForCausalLM(config), 2, 128)
-        >>> found.footprints["keep=0.25"].saved < found.footprints["dense"].saved
+        >>> found.footprints["memory"].saved < found.footprints["dense"].saved
         True
     """
     precision = precision_of(precision)
     room = None if memory is None else parse_size(memory)
+    _check(batch, length, loss_tokens, kept)
+    policies = {} if policy is None else {YOURS: policy}
+    blocks = None if policy is None else policy.blocks
+    policies |= {name: replace(preset, blocks=blocks) for name, preset in presets.items()}
+    with _refusals(), without_memory() as known:
+        step = RehearsedModel(model, precision, known)
+        if step.positions is not None and length > step.positions:
+            raise ValueError(
+                f"length {length} is beyond the {step.positions} positions of the model"
+            )
+        needs = _Needs(step, policies, loss_tokens, kept, inputs)
+        return needs.estimate(batch, length, precision, room, optimizer)
+
+
+def _check(batch: int, length: int, loss_tokens: float, kept: float | None) -> None:
     checked_fraction("loss_tokens", loss_tokens)
     if kept is not None:
         checked_fraction("kept", kept)
     for name, value in (("batch", batch), ("length", length)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a number of at least 1, got {value!r}")
-    policies = {} if policy is None else {YOURS: policy}
-    blocks = None if policy is None else policy.blocks
-    policies |= {name: replace(preset, blocks=blocks) for name, preset in presets.items()}
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What stops a rehearsal is an error in the arguments to whoever asked for the estimate."""
     try:
-        with without_memory() as known:
-            step = RehearsedModel(model, precision, known)
-            if step.positions is not None and length > step.positions:
-                raise ValueError(
-                    f"length {length} is beyond the {step.positions} positions of the model"
-                )
-            needs = _Needs(step, policies, loss_tokens, kept, inputs)
-            return needs.estimate(batch, length, precision, room, optimizer)
+        yield
     except ReplayError as error:
         raise ValueError(f"SAGE does not go with this model: {error}") from error
     except (DataDependentOutputException, DynamicOutputShapeException) as error:

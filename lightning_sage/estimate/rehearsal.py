@@ -63,6 +63,11 @@ class _Keys(UpToAttention):
         return x
 
 
+def _makes_keys(policy: SagePolicy, seen: list[Seen | Written]) -> bool:
+    """Whether the kept rows that are not replayed are run up to attention."""
+    return policy.attention == "kept" and can_be_made(seen)
+
+
 class Rehearsal:
     """One forward pass, seen block by block.
 
@@ -133,7 +138,7 @@ class Rehearsal:
         kept = [one.keep(rows, full, policy.cache_dtype) for one in seen]
         cache = SparseCache(rows.index, store(hidden, rows, policy.cache_dtype), kept)
         replayer = policy.replayer
-        ranks = not (policy.attention == "kept" and can_be_made(seen))
+        ranks = not _makes_keys(policy, seen)
         if seen and ranks and replayer is not None and replayer.saliency_in_replay:
             cache.saliency = torch.empty(count, dtype=torch.float64)
         if drawn:
@@ -164,7 +169,7 @@ class Rehearsal:
         arguments: Arguments,
         cache: SparseCache,
         policy: SagePolicy,
-        as_keys: bool,
+        seen: list[Seen | Written],
     ) -> int:
         """Bytes that the replay of the rows saves besides the cache.
 
@@ -173,23 +178,23 @@ class Rehearsal:
             arguments: Of its call.
             cache: What it would hold.
             policy: Says how many rows are replayed.
-            as_keys: Whether the kept rows that are not replayed are run up to attention.
+            seen: Its attention calls.
         """
         B, T, _ = arguments.leaves[arguments.hidden].shape
         count, wanted = len(cache.index), None
         if policy.replayer is not None:
             wanted = policy.replayer.replay_count(count, B * T)
-        picked = others = None
+        picked = None
         if wanted is not None and wanted < count:
             picked = torch.empty(wanted, dtype=torch.int64)
-            others = torch.empty(count - wanted, dtype=torch.int64)
         rows = Rows(cache.index if picked is None else picked, B, T)
         ledger = Ledger(self._there)
         ledger.exclude(x for x in cache.taken_apart()[0] if x is not None)
         saved: set[int] = set()
         with torch.enable_grad(), ledger.saves(lambda: saved):
             handler = _Replay(Seed(0), rows, cache.attention, picked)
-            if as_keys and picked is not None and others is not None:
+            if picked is not None and _makes_keys(policy, seen):
+                others = torch.empty(count - len(picked), dtype=torch.int64)
                 kept, left = Rows(cache.index, B, T), Rows(others, B, T)
                 first = _Keys(Seed(0), left, (1, len(left)))
                 run = partial(self._run, forward, arguments, cache, first, others)
