@@ -56,13 +56,11 @@ class Contender:
     Args:
         model: Whose weights are shared.
         policy: None trains every token.
-        precision: Lightning's name for it.
     """
 
-    def __init__(self, model: nn.Module, policy: SagePolicy | None, precision: str) -> None:
+    def __init__(self, model: nn.Module, policy: SagePolicy | None) -> None:
         shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
         self.model = copy.deepcopy(model, shared)
-        self.mixed = precision == "bf16-mixed"
         self.kept, self.replayed = KeptTokens(), ReplayedTokens()
         self.operations: list[int] = []
         self.seconds: list[float] = []
@@ -75,8 +73,7 @@ class Contender:
 
     def loss(self, batch: Batch) -> Tensor:
         """The forward's."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed):
-            loss: Tensor = self.model(**batch).loss
+        loss: Tensor = self.model(**batch).loss
         return loss
 
     def step(self, batch: Batch) -> None:
@@ -149,14 +146,14 @@ def costs(
     trainer = fit(scenario, module, drawn[:warmup], [], seed=0)
     start = judge(scenario, module, trainer)
     shown, model = drawn[warmup:], module.model.train()
-    reference, contenders = Contender(model, None, scenario.precision), {}
+    reference, contenders = Contender(model, None), {}
     # what head and loss save is the same for all
-    saved, cached = Contender(model, SagePolicy(), scenario.precision).held(shown[0])
+    saved, cached = Contender(model, SagePolicy()).held(shown[0])
     records = {m: about(scenario, m) | {"kind": "cost", "start": start} for m in methods}
     dense = [reference.gradient(batch) for batch in shown]
     for method in methods:
         try:
-            contender = Contender(model, METHODS[method], scenario.precision)
+            contender = Contender(model, METHODS[method])
             if method == "checkpointing":
                 switch_on(contender.model, SagePolicy())
             records[method] |= _measured(contender, shown, dense)

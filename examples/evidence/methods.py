@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lightning_sage import AllTokens, ImportanceSampling, RandomTokens, SagePolicy
 from lightning_sage.selections import Selection, TopFraction, TopMass
 
 
 def bare(keep: Selection, **changes: str) -> SagePolicy:
     """A choice by itself, with nothing added to make it safe."""
-    return SagePolicy(keep=keep, replay=None, keep_loss_rows=False, sinks=0, **changes)
+    return replace(SagePolicy.preset("paper"), keep=keep, **changes)
 
 
 _ALL = AllTokens()

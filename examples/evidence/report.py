@@ -187,9 +187,11 @@ def ratio(mine: Record, other: Record, kind: str) -> float | None:
 
 
 def operations(mine: Method, dense: Method) -> float | None:
-    """Of a training, by those of dense training; None where they were not counted."""
+    """Of a training, or of a step where there is none, by dense's; None where not counted."""
     step = ratio(mine.cost, dense.cost, "operations")
-    return step and step * ((mine.steps or 1) / (dense.steps or 1) if mine.steps else 1)
+    if step is None or not (mine.steps and dense.steps):
+        return step
+    return step * mine.steps / dense.steps
 
 
 def _number(value: float | None, form: str) -> str:

@@ -36,7 +36,6 @@ class Scenario:
         module: Makes the model, not yet built, for a learning rate and with or without gradient
             checkpointing.
         data: Makes its data.
-        precision: Lightning's name for it.
         val_batches: How many are judged; None is all.
     """
 
@@ -47,7 +46,6 @@ class Scenario:
     lrs: tuple[float, float, float]
     module: Callable[[float, bool], HuggingFaceModule]
     data: Callable[[], LightningDataModule]
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
     val_batches: int | None = None
 
 

@@ -24,6 +24,8 @@ from lightning_sage import SageCallback, SagePolicy
 from lightning_sage.cli import NOISE
 from lightning_sage.models import Batch, HuggingFaceModule
 
+# bf16 is emulated on many CPUs, and takes minutes a step there
+PRECISION = "32-true"
 # of a run's training losses, as many are recorded
 _CURVE = 20
 
@@ -84,7 +86,7 @@ def fit(
 ) -> Trainer:
     """Build the module and train it, a step a batch, from the draws of the seed."""
     trainer = Trainer(
-        accelerator="cpu", max_steps=len(batches), precision=scenario.precision,
+        accelerator="cpu", max_steps=len(batches), precision=PRECISION,
         gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
         callbacks=[*callbacks],
@@ -145,7 +147,7 @@ def about(scenario: Scenario, method: str) -> Record:
         "judged": scenario.judged,
         "method": method,
         "policy": None if policy is None else _plain(policy),
-        "precision": scenario.precision,
+        "precision": PRECISION,
         "command": sys.argv,
         "error": None,
     }
