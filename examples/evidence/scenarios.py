@@ -77,8 +77,8 @@ _SENTENCES = {
 
 
 def _docstrings() -> Docstrings:
-    loading = Loading(tokenizer=bases.minilm(), batch_size=16, max_tokens=128)
-    return Docstrings(val_per_class=60, directory=str(bases.RUNS), loading=loading)
+    loading = Loading(tokenizer=bases.minilm(), batch_size=8, max_tokens=128)
+    return Docstrings(val_per_class=40, directory=str(bases.RUNS), loading=loading)
 
 
 SCENARIOS = {
@@ -86,18 +86,18 @@ SCENARIOS = {
     for scenario in (
         Scenario(
             name="classify-lora",
-            title="Which package is a docstring from? MiniLM, LoRA r=16, 16 x 128 tokens",
+            title="Which package is a docstring from? MiniLM, LoRA r=16, 8 x 128 tokens",
             judged="val_accuracy",
-            steps=50,
-            lrs=_ADAPTERS_LRS,
+            steps=60,
+            lrs=(5e-4, 1e-3, 2e-3),
             module=_module(SequenceClassifier, bases.minilm, _SENTENCES, _ADAPTERS),
             data=_docstrings,
         ),
         Scenario(
             name="classify-full",
-            title="Which package is a docstring from? MiniLM, full, 16 x 128 tokens",
+            title="Which package is a docstring from? MiniLM, full, 8 x 128 tokens",
             judged="val_accuracy",
-            steps=50,
+            steps=60,
             lrs=(1e-4, 2e-4, 4e-4),
             module=_module(SequenceClassifier, bases.minilm, _SENTENCES),
             data=_docstrings,
