@@ -68,7 +68,6 @@ def _module(
 
 
 _ADAPTERS = LoRA(r=16)
-_ADAPTERS_LRS = (1e-3, 2e-3, 4e-3)
 _SENTENCES = {
     "num_labels": len(CLASSES),
     "hidden_dropout_prob": 0.0,
@@ -107,7 +106,7 @@ SCENARIOS = {
             title="From docstring to code, loss on the code; Llama, LoRA r=16, 8 x 256 bytes",
             judged="val_loss",
             steps=60,
-            lrs=_ADAPTERS_LRS,
+            lrs=(1e-3, 2e-3, 4e-3),
             module=_module(CausalLM, bases.quickstart, None, _ADAPTERS),
             data=lambda: StdlibFunctions(loading=Loading(batch_size=8, max_tokens=256)),
             val_batches=16,
@@ -127,7 +126,7 @@ SCENARIOS = {
             title="From a file to its next function, loss on it; Llama, LoRA r=16, 1 x 2048 bytes",
             judged="val_loss",
             steps=60,
-            lrs=_ADAPTERS_LRS,
+            lrs=(5e-4, 1e-3, 2e-3),
             module=_module(CausalLM, bases.long, bases.LONG, _ADAPTERS),
             data=lambda: LongFunctions(loading=Loading(batch_size=1, max_tokens=2048)),
             val_batches=48,
