@@ -180,12 +180,14 @@ def test_the_report_pairs_seeds(tmp_path, capsys):
     report.main([f"--records={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'out.md'}"])
     text = (tmp_path / "out.md").read_text()
     assert (tmp_path / "out.png").stat().st_size > 10_000
-    [row] = [
-        line for line in text.splitlines() if line.startswith("| balanced") and "%" not in line
-    ][:1]
-    cells = [cell.strip() for cell in row.split("|")]
+    first, cells = (
+        [cell.strip() for cell in part[part.index("| balanced") :].split("\n")[0].split("|")]
+        for part in text.split("### ")[:2]
+    )
     # differences 0.1, 0.3, 0.2: mean 0.2, deviation 0.1; t of 2 degrees is 4.3027
     half = 4.3027 * 0.1 / math.sqrt(3)
+    # in per cent of 2, the mean of dense training; of 120 steps a mean of 0.8 less
+    assert first[2:4] == [f"+10.0 ± {50 * half:.1f} (3)", f"-40.0 ± {50 * half:.1f} (3)"]
     assert {"2.00", "0.80", "+0.2000", f"{0.2 - half:+.4f} to {0.2 + half:+.4f}", "4"} <= set(cells)
     assert "after 120 steps, dense training after 60" in text
     longer = text[text.index("after 120 steps") :]

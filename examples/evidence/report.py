@@ -39,6 +39,11 @@ BENEATH = (
     "compare the gradient of what is trained in the blocks with the dense one."
 )
 
+IN_ALL = (
+    "In all, minus dense: points of accuracy, where more is better, or per cent of dense "
+    "training's loss, where less is; ± half of the interval, and in brackets the seeds."
+)
+
 
 @dataclass(frozen=True)
 class Command:
@@ -228,6 +233,30 @@ def section(records: Sequence[Record]) -> str:
     return "\n\n".join([*parts, *(["\n".join(errors)] if errors else []), beneath])
 
 
+def overview(scenarios: Sequence[Sequence[Record]]) -> str:
+    """Every method's difference to dense training in every scenario, as far as they are known."""
+    columns: list[str] = []
+    cells: dict[str, dict[str, str]] = defaultdict(dict)
+    for records in scenarios:
+        found, metric = methods_of(records), records[-1]["judged"]
+        dense = found["dense"].results(metric) if "dense" in found else {}
+        steps = {m.steps for m in found.values() if m.steps}
+        unit = "points" if metric == "val_accuracy" else "%"
+        if not dense:
+            continue
+        column = f"{records[-1]['scenario']}, {max(steps)} steps, {unit}"
+        columns.append(column)
+        scale = 100 if metric == "val_accuracy" else 100 / fmean(dense.values())
+        for name, method in found.items():
+            compared = None if name == "dense" else difference(method.results(metric), dense)
+            if compared is not None:
+                mean, half, n = compared
+                interval = f" ± {scale * half:.1f}" if math.isfinite(half) else ""
+                cells[name][column] = f"{scale * mean:+.1f}{interval} ({n})"
+    rows = [(name, *(known.get(c, "") for c in columns)) for name, known in cells.items()]
+    return _markdown(("method", *columns), rows)
+
+
 def _tuned(record: Record | None, metric: str) -> str:
     if record is None:
         return ""
@@ -315,7 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scenarios, out = list(read(Path(command.records)).values()), Path(command.out)
     findings = Path(__file__).with_name("findings.md").read_text().strip()
     parts = ["# Does it end where dense training does?", findings, "## Measured", BENEATH]
-    parts += map(section, scenarios)
+    parts += [IN_ALL, overview(scenarios), *map(section, scenarios)]
     out.write_text("\n\n".join(parts) + "\n")
     figure([r for r in scenarios if _can_be_drawn(r)], out.with_suffix(".png"))
 
