@@ -234,27 +234,37 @@ def section(records: Sequence[Record]) -> str:
 
 
 def overview(scenarios: Sequence[Sequence[Record]]) -> str:
-    """Every method's difference to dense training in every scenario, as far as they are known."""
+    """Every method's difference to dense training in every scenario, as far as they are known.
+
+    Where accuracy is judged, loss is shown as well: it is less of a lottery.
+    """
     columns: list[str] = []
     cells: dict[str, dict[str, str]] = defaultdict(dict)
     for records in scenarios:
-        found, metric = methods_of(records), records[-1]["judged"]
-        dense = found["dense"].results(metric) if "dense" in found else {}
-        steps = {m.steps for m in found.values() if m.steps}
-        unit = "points" if metric == "val_accuracy" else "%"
-        if not dense:
-            continue
-        column = f"{records[-1]['scenario']}, {max(steps)} steps, {unit}"
-        columns.append(column)
-        scale = 100 if metric == "val_accuracy" else 100 / fmean(dense.values())
-        for name, method in found.items():
-            compared = None if name == "dense" else difference(method.results(metric), dense)
-            if compared is not None:
-                mean, half, n = compared
-                interval = f" ± {scale * half:.1f}" if math.isfinite(half) else ""
-                cells[name][column] = f"{scale * mean:+.1f}{interval} ({n})"
+        found, judged = methods_of(records), records[-1]["judged"]
+        steps = max((m.steps or 0 for m in found.values()), default=0)
+        for metric in dict.fromkeys((judged, "val_loss")):
+            dense = found["dense"].results(metric) if "dense" in found else {}
+            if not dense:
+                continue
+            points = metric == "val_accuracy"
+            column = f"{records[-1]['scenario']}, {steps} steps, {'points' if points else '%'}"
+            columns.append(column)
+            scale = 100 if points else 100 / fmean(dense.values())
+            for name, method in found.items():
+                if name != "dense":
+                    compared = difference(method.results(metric), dense)
+                    cells[name][column] = _compared(compared, scale)
     rows = [(name, *(known.get(c, "") for c in columns)) for name, known in cells.items()]
-    return _markdown(("method", *columns), rows)
+    return _markdown(("method", *columns), [row for row in rows if any(row[1:])])
+
+
+def _compared(found: tuple[float, float, int] | None, scale: float) -> str:
+    if found is None:
+        return ""
+    mean, half, n = found
+    interval = f" ± {scale * half:.1f}" if math.isfinite(half) else ""
+    return f"{scale * mean:+.1f}{interval} ({n})"
 
 
 def _tuned(record: Record | None, metric: str) -> str:
