@@ -241,14 +241,14 @@ def overview(scenarios: Sequence[Sequence[Record]]) -> str:
     columns: list[str] = []
     cells: dict[str, dict[str, str]] = defaultdict(dict)
     for records in scenarios:
-        found, judged = methods_of(records), records[-1]["judged"]
-        steps = max((m.steps or 0 for m in found.values()), default=0)
-        for metric in dict.fromkeys((judged, "val_loss")):
-            dense = found["dense"].results(metric) if "dense" in found else {}
+        last, found = records[-1], methods_of(records)
+        for metric in dict.fromkeys((last["judged"], "val_loss")):
+            dense = found.get("dense", Method()).results(metric)
             if not dense:
                 continue
             points = metric == "val_accuracy"
-            column = f"{records[-1]['scenario']}, {steps} steps, {'points' if points else '%'}"
+            unit = "points" if points else "%"
+            column = f"{last['scenario']}, {last['steps']} steps, {unit}"
             columns.append(column)
             scale = 100 if points else 100 / fmean(dense.values())
             for name, method in found.items():
