@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -275,23 +276,41 @@ def _tuned(record: Record | None, metric: str) -> str:
 
 
 def figure(scenarios: Sequence[Sequence[Record]], path: Path) -> None:
-    """A panel for each scenario: what a step computes against what training loses."""
+    """Two panels for each scenario: what training loses against memory, and against operations."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    count, width = len(scenarios), min(len(scenarios), 2)
-    size = -(-count // width)
+    found = [methods_of(records) for records in scenarios]
+    kinds = {kind_of(name)[0]: None for methods in found for name in methods}
+    # ten colours that can be told apart, with another marker for the next ten
+    styles = {
+        kind: {"color": f"C{i % 10}", "marker": "os^D"[i // 10 % 4]} for i, kind in enumerate(kinds)
+    }
+    # two scenarios a row
     drawn, axes = pyplot.subplots(
-        size, width, figsize=(7 * width, 5.5 * size), squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat[count:]:
-        axis.remove()
-    for axis, records in zip(axes.flat, scenarios, strict=False):
-        _panel(axis, records, drawn)
-    drawn.savefig(path, dpi=110)
+        max(1, -(-len(found) // 2)), 4, figsize=(20, 1.9 * len(found) + 1.5), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    pairs = axes.reshape(-1, 2)
+    for panels in pairs[len(found) :]:
+        for axis in panels:
+            axis.remove()
+    for panels, records, methods in zip(pairs, scenarios, found, strict=False):
+        _panels(panels, records[-1], methods, styles)
+    marks = [
+        pyplot.Line2D([], [], linestyle="", label=kind, **style) for kind, style in styles.items()
+    ]
+    drawn.legend(handles=marks, loc="outside lower center", ncols=7, frameon=False, fontsize=12)
+    drawn.savefig(path, dpi=90)
     pyplot.close(drawn)
+
+
+def kind_of(name: str) -> tuple[str, str]:
+    """A method's name without its first number, and from there on."""
+    kind, _, rest = re.sub(r" (?=\d)", "\0", name, count=1).partition("\0")
+    return kind, rest
 
 
 def _can_be_drawn(records: Sequence[Record]) -> bool:
@@ -300,52 +319,37 @@ def _can_be_drawn(records: Sequence[Record]) -> bool:
     return len(steps) == 1 and any(record["kind"] == "cost" for record in records)
 
 
-def _panel(axis: Any, records: Sequence[Record], drawn: Any) -> None:
-    found, metric = methods_of(records), records[-1]["judged"]
-    dense, cached = found["dense"], found["checkpointing"].cost
-    points = []
+def _panels(axes: Any, last: Record, found: dict[str, Method], styles: dict[str, Any]) -> None:
+    metric, dense = last["judged"], found.get("dense", Method())
+    points = metric == "val_accuracy"
+    reference = dense.results(metric).values()
+    # so that more is worse, whatever is judged
+    scale = -100 if points else 100 / fmean(reference) if reference else math.nan
+    memory, time = axes
+    time.sharey(memory)
+    memory.set(xscale="log", xlabel="blocks hold / checkpointing's")
+    memory.set_title(last["title"], loc="left", fontsize=11, fontweight="bold")
+    memory.set_ylabel("points of accuracy lost" if points else "% more loss")
+    time.set_xlabel("operations / dense")
+    for axis in axes:
+        axis.axhline(0, color="0.7", linewidth=1, zorder=0)
+        # most end near dense training, and some far from it
+        axis.set_yscale("symlog", linthresh=2, linscale=1.5)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.grid(color="0.93")
     for name, method in found.items():
-        x = operations(method, dense)
+        kind, fraction = kind_of(name)
         compared = difference(method.results(metric), dense.results(metric))
-        if x is not None and compared is not None:
-            colour = ratio(method.cost, cached, "cached_mib")
-            points.append((x, *compared[:2], colour if colour is not None else math.nan, name))
-    axis.axhline(0, color="0.7", linewidth=1)
-    axis.set_title(records[-1]["title"], fontsize=9)
-    axis.set_xlabel("operations / dense")
-    axis.set_ylabel(
-        f"{metric}, minus dense ({'up' if metric == 'val_accuracy' else 'down'} is good)"
-    )
-    if not points:
-        return
-    # by height, as their names stand
-    x, y, half, colour, labels = zip(*sorted(points, key=lambda p: p[1]), strict=True)
-    bars = [h if math.isfinite(h) else 0 for h in half]
-    axis.errorbar(x, y, bars, fmt="none", ecolor="0.75", zorder=1)
-    shown = axis.scatter(x, y, c=colour, cmap="viridis_r", vmin=0, vmax=2, zorder=2)
-    low, high = axis.get_ylim()
-    for at, height, label in zip(
-        zip(x, y, strict=True),
-        apart([(each - low) / (high - low) for each in y]),
-        labels,
-        strict=True,
-    ):
-        axis.annotate(
-            label, at, (1.03, height), textcoords="axes fraction", fontsize=7.5, va="center",
-            arrowprops={"arrowstyle": "-", "color": "0.8", "linewidth": 0.6, "shrinkB": 4},
-        )  # fmt: skip
-    drawn.colorbar(shown, ax=axis, location="bottom", label="blocks hold / checkpointing's")
-
-
-def apart(heights: Sequence[float]) -> list[float]:
-    """Heights in [0, 1], rising, moved no further than names beside one another need."""
-    gap, places = min(0.04, 1 / len(heights)), list[float]()
-    for height in heights:
-        places.append(max(height, places[-1] + gap) if places else height)
-    return [
-        min(place, 1 - gap * left)
-        for place, left in zip(places, range(len(places) - 1, -1, -1), strict=True)
-    ]
+        held = ratio(method.cost, found.get("checkpointing", Method()).cost, "cached_mib")
+        for axis, x in ((memory, held), (time, operations(method, dense))):
+            if x is None or compared is None:
+                continue
+            y, half = scale * compared[0], abs(scale) * compared[1]
+            bar = half if math.isfinite(half) else 0
+            axis.errorbar(x, y, bar, elinewidth=0.7, markersize=6, **styles[kind])
+            axis.annotate(
+                fraction, (x, y), (4, 4), textcoords="offset points", fontsize=7, color="0.3"
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
