@@ -30,6 +30,9 @@ METHODS: dict[str, SagePolicy | None] = {
     "sampled replay 0.5 salient": SagePolicy(
         keep=_ALL, replay=ImportanceSampling(0.5), attention="salient"
     ),
+    "sampled replay 0.5 int8": SagePolicy(
+        keep=_ALL, replay=ImportanceSampling(0.5), cache_dtype="int8"
+    ),
     "mass 0.8 sampled 0.5": SagePolicy(keep=TopMass(0.8), replay=ImportanceSampling(0.5)),
     **{f"replay {f}": SagePolicy(keep=_ALL, replay=f) for f in (0.25, 0.125)},
     "balanced not drawn": SagePolicy(keep=TopMass(0.85), replay=0.25, cache_dtype="int8"),
@@ -58,6 +61,7 @@ LADDER = {
     "balanced not drawn": "balanced",
     "mass 0.8 sampled 0.5": "sampled replay 0.5",
     "sampled replay 0.5 salient": "sampled replay 0.5",
+    "sampled replay 0.5 int8": "sampled replay 0.5",
     "sampled replay 0.25": "sampled replay 0.5",
     "sampled replay 0.125": "sampled replay 0.5",
     "memory": "keep 0.25",
