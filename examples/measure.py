@@ -80,7 +80,7 @@ def make_record(contender: Contender) -> dict[str, Any]:
     """What the line of JSON says."""
     setting, result = contender.setting, contender.result
     config = {f.name: getattr(setting, f.name) for f in fields(Setting)}
-    config["policy"] = _plain(setting.policy) if setting.method == "sage" else None
+    config["policy"] = plain(setting.policy) if setting.method == "sage" else None
     steps = [f + b for f, b in zip(contender.forward_s, contender.backward_s, strict=True)]
     if not steps:
         result.setdefault("error", "over the time budget")
@@ -101,10 +101,11 @@ def make_record(contender: Contender) -> dict[str, Any]:
     }
 
 
-def _plain(policy: SagePolicy) -> dict[str, Any]:
+def plain(policy: SagePolicy) -> dict[str, Any]:
+    """A policy's values as JSON has them."""
     values = {f.name: getattr(policy, f.name) for f in fields(policy)}
-    plain = (str, int, float, bool, type(None))
-    return {name: v if isinstance(v, plain) else repr(v) for name, v in values.items()}
+    known = (str, int, float, bool, type(None))
+    return {name: v if isinstance(v, known) else repr(v) for name, v in values.items()}
 
 
 def circumstances(device: str) -> dict[str, Any]:

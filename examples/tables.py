@@ -78,7 +78,7 @@ def limits_table(records: Sequence[Record]) -> str:
     )
     batch = f"sequences of {record['batch_length']}"
     columns = ("method", batch, "/ dense", "/ checkpt.", "context", "/ dense", "/ checkpt.")
-    return f"{title}\n\n{_markdown(columns, rows)}"
+    return f"{title}\n\n{markdown(columns, rows)}"
 
 
 def _limit(found: Mapping[str, Any] | None) -> str:
@@ -108,11 +108,11 @@ def _head(record: Record) -> str:
 def _one(records: list[Record]) -> str:
     latest = {record["name"]: record for record in records}
     rows = [_row(record, latest) for record in latest.values()]
-    return f"{_title(records[-1])}\n\n{_markdown(COLUMNS, rows)}"
+    return f"{_title(records[-1])}\n\n{markdown(COLUMNS, rows)}"
 
 
-def _markdown(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """Columns that are empty all the way are left out."""
+def markdown(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; columns that are empty all the way are left out."""
     used = [i for i in range(len(columns)) if any(row[i] for row in cells)]
     rows = [tuple(row[i] for i in used) for row in (columns, *cells)]
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
@@ -211,9 +211,9 @@ def coverage_table(records: Sequence[Record], adaptations: Mapping[str, str]) ->
         "\n\n".join(
             (
                 COVERAGE.format(packages=packages),
-                _markdown(("entries", *VERDICTS), counts),
+                markdown(("entries", *VERDICTS), counts),
                 codes,
-                _markdown(columns, rows),
+                markdown(columns, rows),
             )
         )
         + "\n"

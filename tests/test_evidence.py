@@ -52,7 +52,7 @@ def tiny():
 
 def record(method, seed, loss, lr=1e-3, **changes):
     """A made-up line."""
-    from measure import _plain
+    from measure import plain
     from methods import METHODS
 
     policy = METHODS[method]
@@ -61,7 +61,7 @@ def record(method, seed, loss, lr=1e-3, **changes):
         "title": "Made up",
         "judged": "val_loss",
         "method": method,
-        "policy": None if policy is None else _plain(policy),
+        "policy": None if policy is None else plain(policy),
         "precision": "32-true",
         "error": None,
         "commit": "c0ffee",

@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from jsonargparse import auto_cli
 from scipy.stats import t as student
-from tables import _markdown
+from tables import markdown
 
 Record = dict[str, Any]
 EXAMPLES = Path(__file__).parents[1]
@@ -211,7 +211,7 @@ def section(records: Sequence[Record]) -> str:
     judged = f"Judged by {metric} after {steps} steps" if steps else "Not yet trained"
     if others := {r["steps"] for r in records if r["kind"] == "train"} - {steps}:
         judged += f", dense training after {', '.join(map(str, others))}"
-    table = _markdown(COLUMNS, [row(name, found, metric) for name in found])
+    table = markdown(COLUMNS, [row(name, found, metric) for name in found])
     start = next((m.cost["start"][metric] for m in found.values() if m.cost), None)
     before = f", {start:.4f} where costs were measured" if start is not None else ""
     parts = [f"### {last['title']}", f"{judged}{before}.", table]
@@ -222,7 +222,7 @@ def section(records: Sequence[Record]) -> str:
             (name, *(_tuned(by_lr.get(lr, {}).get(0), metric) for lr in lrs))
             for name, by_lr in tuned.items()
         ]
-        grid = _markdown(("seed 0 at lr", *(f"{lr:g}" for lr in lrs)), cells)
+        grid = markdown(("seed 0 at lr", *(f"{lr:g}" for lr in lrs)), cells)
         parts.append(grid)
     errors = sorted({f"- {r['method']}: `{r['error'][:200]}`" for r in records if r["error"]})
     commits = sorted({str(r["commit"]).replace(str(r["commit"])[12:40], "") for r in records})
@@ -257,7 +257,7 @@ def overview(scenarios: Sequence[Sequence[Record]]) -> str:
                     compared = difference(method.results(metric), dense)
                     cells[name][column] = _compared(compared, scale)
     rows = [(name, *(known.get(c, "") for c in columns)) for name, known in cells.items()]
-    return _markdown(("method", *columns), [row for row in rows if any(row[1:])])
+    return markdown(("method", *columns), [row for row in rows if any(row[1:])])
 
 
 def _compared(found: tuple[float, float, int] | None, scale: float) -> str:

@@ -31,7 +31,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 import torch
 from cost import costs
 from jsonargparse import auto_cli
-from measure import RESULTS, _plain, write
+from measure import RESULTS, plain, write
 from methods import HEADLINE, LADDER, METHODS
 from rich.progress import Progress
 from scenarios import SCENARIOS
@@ -85,7 +85,7 @@ def read(out: Path) -> list[Record]:
 def is_current(record: Record) -> bool:
     """Whether a record's method still has the policy that the record is of."""
     policy = METHODS.get(record["method"])
-    return record["method"] in METHODS and record["policy"] == (policy and _plain(policy))
+    return record["method"] in METHODS and record["policy"] == (policy and plain(policy))
 
 
 def key(record: Record) -> Run | None:

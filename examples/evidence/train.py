@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import Any
 
 from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from measure import _plain, circumstances
+from measure import circumstances, plain
 from methods import METHODS
 from scenarios import Scenario
 from torch import Tensor
@@ -146,7 +146,7 @@ def about(scenario: Scenario, method: str) -> Record:
         "title": scenario.title,
         "judged": scenario.judged,
         "method": method,
-        "policy": None if policy is None else _plain(policy),
+        "policy": None if policy is None else plain(policy),
         "precision": PRECISION,
         "command": sys.argv,
         "error": None,
