@@ -43,7 +43,7 @@ class Scenario:
     title: str
     judged: Literal["val_accuracy", "val_loss"]
     steps: int
-    lrs: tuple[float, float, float]
+    lrs: tuple[float, ...]
     module: Callable[[float, bool], HuggingFaceModule]
     data: Callable[[], LightningDataModule]
     val_batches: int | None = None
@@ -106,7 +106,7 @@ SCENARIOS = {
             title="From docstring to code, loss on the code; Llama, LoRA r=16, 8 x 256 bytes",
             judged="val_loss",
             steps=60,
-            lrs=(1e-3, 2e-3, 4e-3),
+            lrs=(5e-4, 1e-3, 2e-3, 4e-3),
             module=_module(CausalLM, bases.quickstart, None, _ADAPTERS),
             data=lambda: StdlibFunctions(loading=Loading(batch_size=8, max_tokens=256)),
             val_batches=16,
@@ -116,7 +116,7 @@ SCENARIOS = {
             title="On with pre-training on SymPy, loss on every token; Llama, full, 8 x 256 bytes",
             judged="val_loss",
             steps=60,
-            lrs=(1.5e-4, 3e-4, 6e-4),
+            lrs=(1.5e-4, 3e-4, 6e-4, 1.2e-3),
             module=_module(CausalLM, bases.quickstart),
             data=lambda: PackageWindows("sympy", Loading(batch_size=8, max_tokens=256)),
             val_batches=16,
