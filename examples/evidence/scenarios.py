@@ -116,7 +116,7 @@ SCENARIOS = {
             title="On with pre-training on SymPy, loss on every token; Llama, full, 8 x 256 bytes",
             judged="val_loss",
             steps=60,
-            lrs=(1.5e-4, 3e-4, 6e-4, 1.2e-3),
+            lrs=(1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3),
             module=_module(CausalLM, bases.quickstart),
             data=lambda: PackageWindows("sympy", Loading(batch_size=8, max_tokens=256)),
             val_batches=16,
