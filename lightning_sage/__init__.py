@@ -14,9 +14,10 @@ from lightning_sage.metrics import SavedBytes as SavedBytes
 from lightning_sage.policy import SagePolicy as SagePolicy
 from lightning_sage.records import BlockRecord as BlockRecord
 from lightning_sage.sampling import ImportanceSampling as ImportanceSampling
+from lightning_sage.sampling import LossFirst as LossFirst
+from lightning_sage.sampling import RandomTokens as RandomTokens
 from lightning_sage.selections import AllTokens as AllTokens
 from lightning_sage.selections import GradientMass as GradientMass
-from lightning_sage.selections import RandomTokens as RandomTokens
 from lightning_sage.selections import Selection as Selection
 from lightning_sage.selections import TopFraction as TopFraction
 from lightning_sage.selections import TopMass as TopMass

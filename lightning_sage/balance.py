@@ -153,7 +153,7 @@ def fit_kept(
     if other is not None:
         return other.keep(scores, valid, priority, noise)
     # always-kept rows first, then those that bear loss, as the selection itself would
-    order = ranked(noise if keeper.random else scores, priority, valid)
+    order = ranked(keeper.key(scores, priority, noise), priority, valid)
     rows = _cut_or_filled(keeper, own, order, budget.rows) & valid
     return Chosen(rows if exactly else rows | own.rows)
 

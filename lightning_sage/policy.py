@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from lightning_sage.sampling import ImportanceSampling
+from lightning_sage.sampling import ImportanceSampling, LossFirst
 from lightning_sage.selections import Selection, TopFraction, TopMass
 
 BlockFilter = Callable[[nn.Module, str], bool]
@@ -45,8 +45,8 @@ class SagePolicy:
         sinks: First valid tokens of a sample that are always kept.
         keep_last: Always keep the last valid token.
         keep_loss_rows: Always keep the loss-bearing rows; where they alone exceed the budget of
-            `keep`, the highest-scored of them. Sinks and last token come on top of the budget
-            where the loss-bearing rows fill it.
+            `keep`, the highest-scored of them (by `LossFirst` and `RandomTokens` any). Sinks and
+            last token come on top of the budget where the loss-bearing rows fill it.
         dense_blocks: Blocks left as they are: the first n, the last n (negative), or indices.
         unselected: `identity` computes every token in the forward pass; `skip` (the authors'
             released variant) lets unselected tokens skip the blocks after the first tenth, which
@@ -126,8 +126,8 @@ class SagePolicy:
 
         Args:
             name: `balanced` is what SAGE does where no policy is given. `speed` computes less, by
-                a noisier gradient. `memory` holds a quarter of each sample and no more, which is
-                biased where more tokens bear loss. `paper` is the method as published.
+                a noisier gradient. `memory` holds a quarter of each sample and no more: where more
+                tokens bear loss, any of these. `paper` is the method as published.
 
         Raises:
             ValueError: There is none of that name.
@@ -188,7 +188,7 @@ class SagePolicy:
 
 
 PRESETS = {
-    "memory": SagePolicy(keep=0.25, replay=None, cache_dtype="int8"),
+    "memory": SagePolicy(LossFirst(0.25), replay=None, cache_dtype="int8"),
     "balanced": SagePolicy(TopMass(0.85), ImportanceSampling(0.25), cache_dtype="int8"),
     "speed": SagePolicy(TopMass(0.7), ImportanceSampling(0.125), cache_dtype="int8"),
     "paper": SagePolicy(TopMass(0.8), replay=None, sinks=0, keep_loss_rows=False),

@@ -1,11 +1,60 @@
-"""Importance sampling: rows drawn with known probability, which weights can undo."""
+"""Selections that draw: by importance, which weights undo, or each row as likely as another."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from lightning_sage.selections import Chosen, Selection, checked_fraction, running_sum, share
+from lightning_sage.selections import (
+    Chosen,
+    Selection,
+    checked_fraction,
+    keep_fraction,
+    running_sum,
+    share,
+)
+
+
+class RandomTokens(Selection):
+    """A uniformly random `fraction` of each sample's valid tokens (TokenTune, 2024).
+
+    Biased like any plain choice: nothing is reweighted.
+    """
+
+    needs_scores = False
+    random = True
+    fixed = True
+
+    def __init__(self, fraction: float) -> None:
+        self.fraction = checked_fraction("fraction", fraction)
+
+    def keep(self, scores: Tensor, valid: Tensor, priority: Tensor, noise: Tensor) -> Chosen:
+        """See :func:`Selection.keep`."""
+        return keep_fraction(self.fraction, noise, valid, priority)
+
+
+class LossFirst(Selection):
+    """A `fraction` of each sample's valid tokens: loss-bearing ones, then the highest-scored.
+
+    Where the loss-bearing rows alone exceed the fraction, those that are kept are drawn, each as
+    likely as another. The highest-scored of them, which :class:`TopFraction` keeps, stand early in
+    a text: a bias that training answers for (examples/evidence.md). As `TopFraction` everywhere
+    else, and under a policy without `keep_loss_rows`.
+    """
+
+    random = True
+    fixed = True
+
+    def __init__(self, fraction: float) -> None:
+        self.fraction = checked_fraction("fraction", fraction)
+
+    def keep(self, scores: Tensor, valid: Tensor, priority: Tensor, noise: Tensor) -> Chosen:
+        """See :func:`Selection.keep`."""
+        return keep_fraction(self.fraction, self.key(scores, priority, noise), valid, priority)
+
+    def key(self, scores: Tensor, priority: Tensor, noise: Tensor) -> Tensor:
+        """See :func:`Selection.key`: scores choose only among rows without loss."""
+        return torch.where(priority == 1, noise, scores)
 
 
 class ImportanceSampling(Selection):

@@ -75,6 +75,10 @@ class Selection:
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be used as keep")
 
+    def key(self, scores: Tensor, priority: Tensor, noise: Tensor) -> Tensor:
+        """``[B, T]`` in [0, 1], by what `keep` ranks rows of one priority; arguments as there."""
+        return noise if self.random else scores
+
     def replay(self, norms: Tensor, saliency: Tensor | None, valid: int, noise: Tensor) -> Chosen:
         """Choose among the kept rows of a whole batch.
 
@@ -149,10 +153,10 @@ def _plan(fraction: float, valid: Tensor, priority: Tensor) -> tuple[Tensor, Ten
     return lift, ranks
 
 
-def _keep_fraction(fraction: float, scores: Tensor, valid: Tensor, priority: Tensor) -> Chosen:
-    """The highest scores of each sample, within its budget, by priority."""
+def keep_fraction(fraction: float, key: Tensor, valid: Tensor, priority: Tensor) -> Chosen:
+    """The largest keys, in [0, 1], of each sample, within its budget, by priority."""
     lift, ranks = _plan(fraction, valid, priority)
-    order = (scores + lift).argsort(dim=-1, descending=True, stable=True)
+    order = (key + lift).argsort(dim=-1, descending=True, stable=True)
     return Chosen(torch.zeros_like(valid).scatter_(-1, order, ranks))
 
 
@@ -170,7 +174,7 @@ class TopFraction(Selection):
 
     def keep(self, scores: Tensor, valid: Tensor, priority: Tensor, noise: Tensor) -> Chosen:
         """See :func:`Selection.keep`."""
-        return _keep_fraction(self.fraction, scores, valid, priority)
+        return keep_fraction(self.fraction, scores, valid, priority)
 
     def replay(self, norms: Tensor, saliency: Tensor | None, valid: int, noise: Tensor) -> Chosen:
         """See :func:`Selection.replay`."""
@@ -210,24 +214,6 @@ class TopMass(Selection):
             budget = _budget(self.max_fraction, valid, priority)
             kept = kept & top(ranked(scores, priority, kept), budget)
         return Chosen(kept)
-
-
-class RandomTokens(Selection):
-    """A uniformly random `fraction` of each sample's valid tokens (TokenTune, 2024).
-
-    Biased like any plain choice: nothing is reweighted.
-    """
-
-    needs_scores = False
-    random = True
-    fixed = True
-
-    def __init__(self, fraction: float) -> None:
-        self.fraction = checked_fraction("fraction", fraction)
-
-    def keep(self, scores: Tensor, valid: Tensor, priority: Tensor, noise: Tensor) -> Chosen:
-        """See :func:`Selection.keep`."""
-        return _keep_fraction(self.fraction, noise, valid, priority)
 
 
 class AllTokens(Selection):

@@ -20,7 +20,8 @@ from lightning_sage.memory import saved_bytes
 from lightning_sage.memory_size import parse_size
 from lightning_sage.models import CausalLM, LoRA
 from lightning_sage.policy import PRESETS, ImportanceSampling
-from lightning_sage.selections import GradientMass, RandomTokens, TopMass
+from lightning_sage.sampling import RandomTokens
+from lightning_sage.selections import GradientMass, TopMass
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed"),

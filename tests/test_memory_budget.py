@@ -15,6 +15,7 @@ from lightning_sage import (
     AllTokens,
     GradientMass,
     ImportanceSampling,
+    LossFirst,
     RandomTokens,
     SageCallback,
     SagePolicy,
@@ -37,7 +38,8 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 @pytest.mark.parametrize(
     ("selection", "less"),
     [
-        (AllTokens(), TopFraction(0.25)),
+        (AllTokens(), LossFirst(0.25)),
+        (LossFirst(0.5), LossFirst(0.25)),
         (TopFraction(0.5), TopFraction(0.25)),
         (TopFraction(0.1), TopFraction(0.1)),
         (TopMass(0.8), TopMass(0.8, max_fraction=0.25)),
@@ -57,7 +59,7 @@ def test_selections_are_limited(selection, less):
 def test_a_rung_only_ever_takes_away():
     rung = Rung(0.25, 0.125, "int8")
     assert rung.of(EVERYTHING) == SagePolicy(
-        keep=TopFraction(0.25), replay=ImportanceSampling(0.125), cache_dtype="int8"
+        keep=LossFirst(0.25), replay=ImportanceSampling(0.125), cache_dtype="int8"
     )
     own = SagePolicy(keep=0.1, replay=0.05, cache_dtype="fp8", attention="full")
     assert vars(rung.of(own))["cache_dtype"] == "fp8"

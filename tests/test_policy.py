@@ -9,6 +9,7 @@ from lightning_sage import (
     AllTokens,
     GradientMass,
     ImportanceSampling,
+    LossFirst,
     RandomTokens,
     SagePolicy,
     TopFraction,
@@ -44,6 +45,7 @@ def keep(selection, scores, valid, priority=None, u=0.37):
         TopMass(0.5),
         TopMass(0.9, max_fraction=0.2),
         RandomTokens(0.3),
+        LossFirst(0.3),
         AllTokens(),
         ImportanceSampling(0.4),
     ],
@@ -78,6 +80,29 @@ def test_loss_rows_come_first_and_share_the_budget_by_score(batch):
     rows = keep(TopFraction(0.6), scores, valid, priority).rows[0]
     assert rows[5:15].all()
     assert rows.sum() == 12
+
+
+def test_loss_first_is_top_fraction_where_loss_rows_fit(batch):
+    scores, valid = batch
+    loss_rows = torch.zeros_like(valid)
+    loss_rows[0, 12:15] = True
+    for settings in ({}, {"keep_loss_rows": False}):
+        priority = SagePolicy(**settings).priority(valid, loss_rows)
+        alike = [keep(kind(0.4), scores, valid, priority).rows for kind in (LossFirst, TopFraction)]
+        assert torch.equal(*alike)
+
+
+def test_loss_first_draws_each_loss_row_as_often_where_they_do_not_fit(batch):
+    scores, valid = batch
+    loss_rows = torch.zeros_like(valid)
+    loss_rows[0, 5:15] = True
+    priority = SagePolicy(sinks=0).priority(valid, loss_rows)
+    torch.manual_seed(0)
+    draws = 2000
+    counts = sum(keep(LossFirst(0.2), scores, valid, priority).rows[0].int() for _ in range(draws))
+    # a fifth of 20 is four of the ten, and the last token on top
+    assert counts[~loss_rows[0]].tolist() == [0] * 9 + [draws]
+    assert (counts[loss_rows[0]] / draws - 0.4).abs().max() < 0.05
 
 
 def test_top_mass_keeps_the_fewest_that_hold_the_mass(batch):

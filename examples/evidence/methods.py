@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lightning_sage import AllTokens, ImportanceSampling, RandomTokens, SagePolicy
+from lightning_sage import AllTokens, ImportanceSampling, LossFirst, RandomTokens, SagePolicy
 from lightning_sage.selections import Selection, TopFraction, TopMass
 
 
@@ -23,6 +23,7 @@ METHODS: dict[str, SagePolicy | None] = {
     **{f"random {f}": bare(RandomTokens(f)) for f in (0.25, 0.125)},
     **{f"paper {f}": bare(TopFraction(f)) for f in (0.25, 0.125)},
     **{f"keep {f}": SagePolicy(keep=f, replay=None) for f in (0.5, 0.25, 0.125, 0.0625)},
+    **{f"loss first {f}": SagePolicy(keep=LossFirst(f), replay=None) for f in (0.25, 0.125)},
     **{
         f"sampled replay {f}": SagePolicy(keep=_ALL, replay=ImportanceSampling(f))
         for f in (0.5, 0.25, 0.125)
@@ -56,6 +57,8 @@ LADDER = {
     "keep 0.5": "keep 0.25",
     "keep 0.125": "keep 0.25",
     "keep 0.0625": "keep 0.25",
+    "loss first 0.25": "keep 0.25",
+    "loss first 0.125": "keep 0.25",
     "replay 0.25": "keep 0.25",
     "replay 0.125": "keep 0.25",
     "balanced not drawn": "balanced",

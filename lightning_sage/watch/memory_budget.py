@@ -11,8 +11,8 @@ import torch
 
 from lightning_sage.memory_size import parse_size
 from lightning_sage.policy import SagePolicy
-from lightning_sage.sampling import ImportanceSampling
-from lightning_sage.selections import AllTokens, Selection, TopFraction
+from lightning_sage.sampling import ImportanceSampling, LossFirst
+from lightning_sage.selections import AllTokens, Selection
 
 # shares of the tokens that are tried; 1 leaves the policy's own choice alone
 SHARES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.125, 0.09, 0.0625)
@@ -61,7 +61,7 @@ def limited(selection: Selection, share: float) -> Selection:
         ValueError: It has neither a `fraction` nor a `max_fraction`.
     """
     if isinstance(selection, AllTokens):
-        return TopFraction(share)
+        return LossFirst(share)
     less = copy.copy(selection)
     for name in ("max_fraction", "fraction"):
         if name in vars(less):
@@ -70,7 +70,7 @@ def limited(selection: Selection, share: float) -> Selection:
             return less
     raise ValueError(
         f"memory_budget limits what is kept, and {selection!r} has neither a fraction nor a "
-        "max_fraction to limit: use TopMass, TopFraction, or no memory_budget"
+        "max_fraction to limit: use TopMass, LossFirst, or no memory_budget"
     )
 
 
