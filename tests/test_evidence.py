@@ -131,24 +131,26 @@ def test_costs_of_a_step(tiny):
 
 def test_finished_runs_are_skipped():
     import run
+    from scenarios import SCENARIOS
 
+    lrs = SCENARIOS["answer"].lrs
     command = run.Command(scenarios="answer", methods="dense,balanced,checkpointing", seeds=3)
     tuning = list(run.plan("tune", command, []))
-    assert len(tuning) == 2 * 3
+    assert len(tuning) == 2 * len(lrs)
     assert {one.method for one in tuning} == {"dense", "balanced"}
     # nothing is known of the learning rates yet
     assert list(run.plan("headline", command, [])) == []
-    lines = [record("dense", 0, loss, lr) for lr, loss in ((1e-3, 2.0), (2e-3, 1.0), (4e-3, 3.0))]
-    lines.append(record("balanced", 0, None, lr=1e-3, error="RuntimeError()"))
+    lines = [record("dense", 0, 1.0 if lr == lrs[1] else 2.0, lr) for lr in lrs]
+    lines.append(record("balanced", 0, None, lr=lrs[0], error="RuntimeError()"))
     left = run.unfinished(tuning, lines)
-    assert left == [run.Run("answer", "balanced", lr, 0, 60) for lr in (2e-3, 4e-3)]
+    assert left == [run.Run("answer", "balanced", lr, 0, 60) for lr in lrs[1:]]
     headline = list(run.plan("headline", command, lines))
-    assert headline == [run.Run("answer", "dense", 2e-3, seed, 60) for seed in (1, 2)]
+    assert headline == [run.Run("answer", "dense", lrs[1], seed, 60) for seed in (1, 2)]
     ladder = list(run.plan("ladder", command, lines))
-    assert ladder == [run.Run("answer", "checkpointing", 2e-3, seed, 60) for seed in range(3)]
+    assert ladder == [run.Run("answer", "checkpointing", lrs[1], seed, 60) for seed in range(3)]
     # what its method no longer means is run again
     lines[1]["policy"] = {"keep": "another"}
-    assert run.Run("answer", "dense", 2e-3, 0, 60) in run.unfinished(tuning, lines)
+    assert run.Run("answer", "dense", lrs[1], 0, 60) in run.unfinished(tuning, lines)
     assert run.uncosted(["answer"], ["dense"], [cost("dense", 1, 1, 1)]) == []
     assert run.uncosted(["answer"], ["dense"], lines) == [("answer", ["dense"])]
 
