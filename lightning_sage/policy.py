@@ -126,8 +126,8 @@ class SagePolicy:
 
         Args:
             name: `balanced` is what SAGE does where no policy is given. `speed` computes less, by
-                a noisier gradient. `memory` holds a quarter of each sample and no more: where more
-                tokens bear loss, any of these. `paper` is the method as published.
+                a noisier gradient. `memory` holds a quarter of each sample: where more tokens bear
+                loss, a random choice of them. `paper` is the method as published.
 
         Raises:
             ValueError: There is none of that name.

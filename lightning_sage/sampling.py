@@ -36,13 +36,15 @@ class RandomTokens(Selection):
 class LossFirst(Selection):
     """A `fraction` of each sample's valid tokens: loss-bearing ones, then the highest-scored.
 
-    Where the loss-bearing rows alone exceed the fraction, those that are kept are drawn, each as
-    likely as another. The highest-scored of them, which :class:`TopFraction` keeps, stand early in
-    a text: a bias that training answers for (examples/evidence.md). As `TopFraction` everywhere
-    else, and under a policy without `keep_loss_rows`.
+    Where the loss-bearing rows alone exceed the fraction, those that are kept are drawn, by every
+    block anew, each as likely as another: training with them ends better than with the
+    highest-scored of them, which :class:`TopFraction` keeps (examples/evidence.md). It keeps what
+    `TopFraction` does where they fit, where nothing tells which rows bear loss, and under a policy
+    without `keep_loss_rows`. Not for `replay`.
     """
 
     random = True
+    draws_loss_rows = True
     fixed = True
 
     def __init__(self, fraction: float) -> None:

@@ -40,6 +40,9 @@ class Selection:
     Attributes:
         needs_scores: Whether `keep` looks at the saliency.
         random: Whether it looks at the noise.
+        draws_loss_rows: Whether it does so for loss-bearing rows alone. Where nothing tells which
+            they are (no labels, `queries="all"`, a vision tower, an encoder in front of a decoder),
+            the noise that it is given are the scores.
         saliency_in_replay: Whether `replay` looks at the saliency; where rows that are not replayed
             learn as keys (`attention="kept"` of a policy), it is given None.
         fixed: Whether the number of rows that `keep` chooses follows from padding and priorities
@@ -51,6 +54,7 @@ class Selection:
 
     needs_scores = True
     random = False
+    draws_loss_rows = False
     saliency_in_replay = False
     fixed = False
 

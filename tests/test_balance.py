@@ -21,7 +21,7 @@ from lightning_sage import (
     TopMass,
     install,
 )
-from lightning_sage.balance import Agreement, Budget, fit_replayed
+from lightning_sage.balance import Agreement, Budget, fit_kept, fit_replayed
 from lightning_sage.selections import Chosen, share
 from oracle import replayed
 from processes import ranks
@@ -245,3 +245,18 @@ def test_one_exchange_a_batch_however_many_blocks():
     assert first == second == 3
     assert one[0] != other[0]
     assert one[1:] == other[1:]
+
+
+def test_a_budget_cuts_loss_rows_by_the_draw_and_fills_by_score():
+    torch.manual_seed(0)
+    scores, noise = torch.rand(2, 1, 10, dtype=torch.float64)
+    valid, priority = torch.ones(1, 10, dtype=torch.bool), torch.zeros(1, 10, dtype=torch.long)
+    priority[0, :4] = 1
+    given, keeper = (scores, valid, priority, noise), LossFirst(0.4)
+    own = keeper.keep(*given)
+    less = fit_kept(keeper, own, Budget(2, 10), True, given).rows[0]
+    assert less.nonzero().flatten().tolist() == sorted(noise[0, :4].topk(2).indices.tolist())
+    more = fit_kept(keeper, own, Budget(6, 10), True, given).rows[0]
+    assert more[:4].all()
+    filled = sorted((4 + scores[0, 4:].topk(2).indices).tolist())
+    assert more[4:].nonzero().flatten().add(4).tolist() == filled

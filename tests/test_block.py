@@ -16,9 +16,11 @@ from accuracy import assert_gradients_close, loss_and_gradients, parameter_gradi
 from lightning_sage import (
     AllTokens,
     ImportanceSampling,
+    LossFirst,
     RandomTokens,
     ReplayError,
     SagePolicy,
+    TopFraction,
     TopMass,
     install,
 )
@@ -416,6 +418,22 @@ def test_random_choices_repeat_with_the_generator(keep):
             chosen.append(torch.stack([r.kept for r in installed.records]))
     assert torch.equal(chosen[0], chosen[1])
     assert not torch.equal(chosen[0], chosen[2])
+
+
+def test_loss_rows_are_drawn_only_where_something_tells_them():
+    model = zoo.build("llama")
+    ids = torch.randint(3, 60, (2, 12))
+
+    def kept(keep, seed, **labels):
+        torch.manual_seed(seed)
+        with install(model, SagePolicy(keep=keep, replay=None)) as installed:
+            model(input_ids=ids, **labels).logits.sum().backward()
+            return torch.stack([record.kept for record in installed.records])
+
+    by_score = kept(TopFraction(0.6), 1)
+    for seed in (1, 2):
+        assert torch.equal(kept(LossFirst(0.6), seed), by_score)
+    assert not torch.equal(kept(LossFirst(0.6), 1, labels=ids), kept(LossFirst(0.6), 2, labels=ids))
 
 
 @pytest.mark.parametrize("queries", ["auto", "last", "labels", "all"])

@@ -19,12 +19,13 @@ class Judged:
         priority: ``[B, T]`` int64, see :func:`SagePolicy.priority`.
         ones: ``[N]`` float32, a weight for each query row.
         noise: ``[B, T]`` float64, for selections that are not random.
+        told: Whether something tells rows that bear loss from others.
         count: How many rows a selection keeps whose count depends on nothing else; None until
             a block has counted them.
     """
 
-    def __init__(self, queries: Rows, priority: Tensor) -> None:
-        self.queries, self.priority = queries, priority
+    def __init__(self, queries: Rows, priority: Tensor, told: bool = True) -> None:
+        self.queries, self.priority, self.told = queries, priority, told
         self.ones = torch.ones(len(queries), device=priority.device)
         self.noise = torch.zeros(priority.shape, dtype=torch.float64, device=priority.device)
         self.count: int | None = None

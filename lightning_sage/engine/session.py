@@ -241,7 +241,8 @@ class Session:
         if causal not in facts.judged:
             queries, loss_rows = self.loss_rows(valid, causal)
             priority = self.policy.priority(valid, loss_rows)
-            facts.judged[causal] = Judged(Rows.of(queries), priority)
+            # all are given as bearing loss where nothing tells
+            facts.judged[causal] = Judged(Rows.of(queries), priority, loss_rows is not valid)
         judged = facts.judged[causal]
         if keeper.needs_scores or ranks:
             if own:
@@ -255,6 +256,8 @@ class Session:
         noise = judged.noise
         if keeper.random:
             noise = ops.uniform(int(seed), KEEP_STREAM, facts.every.index.view_as(valid))
+        if keeper.draws_loss_rows and not judged.told and scores is not None:
+            noise = scores
         given = judged.noise if scores is None else scores, valid, judged.priority, noise
         chosen = alone = keeper.keep(*given)
         # the device is waited for only where the number of rows is news
