@@ -7,15 +7,15 @@ from torch import Tensor
 
 from lightning_sage.selections import (
     Chosen,
+    PerSample,
     Selection,
     checked_fraction,
-    keep_fraction,
     running_sum,
     share,
 )
 
 
-class RandomTokens(Selection):
+class RandomTokens(PerSample):
     """A uniformly random `fraction` of each sample's valid tokens (TokenTune, 2024).
 
     Biased like any plain choice: nothing is reweighted.
@@ -23,17 +23,9 @@ class RandomTokens(Selection):
 
     needs_scores = False
     random = True
-    fixed = True
-
-    def __init__(self, fraction: float) -> None:
-        self.fraction = checked_fraction("fraction", fraction)
-
-    def keep(self, scores: Tensor, valid: Tensor, priority: Tensor, noise: Tensor) -> Chosen:
-        """See :func:`Selection.keep`."""
-        return keep_fraction(self.fraction, noise, valid, priority)
 
 
-class LossFirst(Selection):
+class LossFirst(PerSample):
     """A `fraction` of each sample's valid tokens: loss-bearing ones, then the highest-scored.
 
     Where the loss-bearing rows alone exceed the fraction, those that are kept are drawn, by every
@@ -45,14 +37,6 @@ class LossFirst(Selection):
 
     random = True
     draws_loss_rows = True
-    fixed = True
-
-    def __init__(self, fraction: float) -> None:
-        self.fraction = checked_fraction("fraction", fraction)
-
-    def keep(self, scores: Tensor, valid: Tensor, priority: Tensor, noise: Tensor) -> Chosen:
-        """See :func:`Selection.keep`."""
-        return keep_fraction(self.fraction, self.key(scores, priority, noise), valid, priority)
 
     def key(self, scores: Tensor, priority: Tensor, noise: Tensor) -> Tensor:
         """See :func:`Selection.key`: scores choose only among rows without loss."""

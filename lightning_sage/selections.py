@@ -157,20 +157,13 @@ def _plan(fraction: float, valid: Tensor, priority: Tensor) -> tuple[Tensor, Ten
     return lift, ranks
 
 
-def keep_fraction(fraction: float, key: Tensor, valid: Tensor, priority: Tensor) -> Chosen:
-    """The largest keys, in [0, 1], of each sample, within its budget, by priority."""
-    lift, ranks = _plan(fraction, valid, priority)
-    order = (key + lift).argsort(dim=-1, descending=True, stable=True)
-    return Chosen(torch.zeros_like(valid).scatter_(-1, order, ranks))
+class PerSample(Selection):
+    """A `fraction` of each sample's valid tokens, rounded up: by priority, then the largest keys.
 
-
-class TopFraction(Selection):
-    """The highest-scored `fraction` of each sample's valid tokens, rounded up.
-
-    As `replay`: of the batch's valid tokens, by incoming gradient norm plus, if given, saliency.
+    Args:
+        fraction: In (0, 1].
     """
 
-    saliency_in_replay = True
     fixed = True
 
     def __init__(self, fraction: float) -> None:
@@ -178,7 +171,19 @@ class TopFraction(Selection):
 
     def keep(self, scores: Tensor, valid: Tensor, priority: Tensor, noise: Tensor) -> Chosen:
         """See :func:`Selection.keep`."""
-        return keep_fraction(self.fraction, scores, valid, priority)
+        lift, ranks = _plan(self.fraction, valid, priority)
+        key = self.key(scores, priority, noise) + lift
+        order = key.argsort(dim=-1, descending=True, stable=True)
+        return Chosen(torch.zeros_like(valid).scatter_(-1, order, ranks))
+
+
+class TopFraction(PerSample):
+    """The highest-scored `fraction` of each sample's valid tokens, rounded up.
+
+    As `replay`: of the batch's valid tokens, by incoming gradient norm plus, if given, saliency.
+    """
+
+    saliency_in_replay = True
 
     def replay(self, norms: Tensor, saliency: Tensor | None, valid: int, noise: Tensor) -> Chosen:
         """See :func:`Selection.replay`."""

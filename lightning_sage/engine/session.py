@@ -254,10 +254,10 @@ class Session:
         if own:
             facts.latest = causal, scores
         noise = judged.noise
-        if keeper.random:
-            noise = ops.uniform(int(seed), KEEP_STREAM, facts.every.index.view_as(valid))
         if keeper.draws_loss_rows and not judged.told and scores is not None:
             noise = scores
+        elif keeper.random:
+            noise = ops.uniform(int(seed), KEEP_STREAM, facts.every.index.view_as(valid))
         given = judged.noise if scores is None else scores, valid, judged.priority, noise
         chosen = alone = keeper.keep(*given)
         # the device is waited for only where the number of rows is news
