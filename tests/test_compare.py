@@ -437,7 +437,11 @@ def test_a_contest_is_the_configuration_without_what_gets_in_its_way(tmp_path, m
 
 
 # the preset, written out
-MEMORY = {"keep": 0.25, "replay": None, "cache_dtype": "int8"}
+MEMORY = {
+    "keep": {"class_path": "lightning_sage.LossFirst", "init_args": {"fraction": 0.25}},
+    "replay": None,
+    "cache_dtype": "int8",
+}
 
 
 @pytest.mark.parametrize(
