@@ -405,11 +405,13 @@ def test_nothing_random_draws_nothing():
         assert installed.records[0].seed is None
 
 
-@pytest.mark.parametrize("keep", [RandomTokens(0.5), ImportanceSampling(0.5)], ids=repr)
+@pytest.mark.parametrize(
+    "keep", [RandomTokens(0.5), LossFirst(0.5), ImportanceSampling(0.5)], ids=repr
+)
 def test_random_choices_repeat_with_the_generator(keep):
     model = zoo.build("llama")
     ids = torch.randint(3, 60, (2, 12))
-    labels = torch.where(torch.arange(12) < 9, -100, ids)
+    labels = torch.where(torch.arange(12) < 3, -100, ids)
     chosen = []
     with install(model, SagePolicy(keep=keep, replay=None, sinks=0)) as installed:
         for seed in (1, 1, 2):

@@ -18,6 +18,7 @@ import lightning_sage
 from lightning_sage import (
     AllTokens,
     ImportanceSampling,
+    LossFirst,
     SageCallback,
     SageModelParallelStrategy,
     SagePolicy,
@@ -295,6 +296,10 @@ def test_pretraining_needs_a_module_of_this_package():
         (
             {"keep": {"class_path": "lightning_sage.TopFraction", "init_args": {"fraction": 0.5}}},
             SagePolicy(keep=TopFraction(0.5)),
+        ),
+        (
+            {"keep": {"class_path": "LossFirst", "init_args": {"fraction": 0.5}}, "replay": None},
+            SagePolicy(keep=LossFirst(0.5), replay=None),
         ),
         (
             {

@@ -37,6 +37,7 @@ POLICIES = {
     "random": SagePolicy(keep=RandomTokens(0.3), replay=GradientMass(0.9)),
     "all": SagePolicy(keep=AllTokens(), replay=0.25),
     "first dense": SagePolicy(keep=0.25, dense_blocks=1, cache_dtype="bf16"),
+    "memory": SagePolicy.preset("memory"),
 }
 CONFIG = {
     "model_type": "llama",

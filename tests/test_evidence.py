@@ -162,6 +162,21 @@ def test_every_method_is_tuned_or_has_a_relative_that_is():
     assert set(LADDER.values()) <= set(HEADLINE)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "rest"),
+    [
+        ("dense", "dense", ""),
+        ("keep 0.25", "keep", "0.25"),
+        ("sampled replay 0.5 int8", "sampled replay", "0.5 int8"),
+        ("mass 0.8 sampled 0.5", "mass", "0.8 sampled 0.5"),
+    ],
+)
+def test_methods_of_one_kind_share_a_colour(name, kind, rest):
+    from report import kind_of
+
+    assert kind_of(name) == (kind, rest)
+
+
 def test_the_report_pairs_seeds(tmp_path, capsys):
     import report
 

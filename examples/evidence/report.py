@@ -35,7 +35,8 @@ COLUMNS = (
 BENEATH = (
     "The mean over seeds of the metric that is named above the table, after the last step, and of "
     "its difference to dense training with the same seed, batches and number of steps. Each is at "
-    "the learning rate that was best for seed 0, or best for a relative. Intervals are Student's. "
+    "the learning rate that was best for seed 0, or best for a relative. Dense training's mean is "
+    "of all its seeds, a difference of those that both have. Intervals are Student's. "
     "`operations` counts the products of a training. `cosine`, `norm ratio` and `squared error` "
     "compare the gradient of what is trained in the blocks with the dense one."
 )
@@ -302,13 +303,15 @@ def figure(scenarios: Sequence[Sequence[Record]], path: Path) -> None:
     marks = [
         pyplot.Line2D([], [], linestyle="", label=kind, **style) for kind, style in styles.items()
     ]
+    one = {"color": "0.4", "marker": "o", "markerfacecolor": "white"}
+    marks.append(pyplot.Line2D([], [], linestyle="", label="hollow: one seed", **one))
     drawn.legend(handles=marks, loc="outside lower center", ncols=7, frameon=False, fontsize=12)
     drawn.savefig(path, dpi=90)
     pyplot.close(drawn)
 
 
 def kind_of(name: str) -> tuple[str, str]:
-    """A method's name without its first number, and from there on."""
+    """A method's name without its first number, which tells its colour, and from there on."""
     kind, _, rest = re.sub(r" (?=\d)", "\0", name, count=1).partition("\0")
     return kind, rest
 
@@ -329,7 +332,8 @@ def _panels(axes: Any, last: Record, found: dict[str, Method], styles: dict[str,
     time.sharey(memory)
     memory.set(xscale="log", xlabel="blocks hold / checkpointing's")
     memory.set_title(last["title"], loc="left", fontsize=11, fontweight="bold")
-    memory.set_ylabel("points of accuracy lost" if points else "% more loss")
+    lost = "points of accuracy lost" if points else "% more loss"
+    memory.set_ylabel(f"{lost}\n(logarithmic beyond 2)")
     time.set_xlabel("operations / dense")
     for axis in axes:
         axis.axhline(0, color="0.7", linewidth=1, zorder=0)
@@ -345,8 +349,11 @@ def _panels(axes: Any, last: Record, found: dict[str, Method], styles: dict[str,
             if x is None or compared is None:
                 continue
             y, half = scale * compared[0], abs(scale) * compared[1]
-            bar = half if math.isfinite(half) else 0
-            axis.errorbar(x, y, bar, elinewidth=0.7, markersize=6, **styles[kind])
+            style = {"markersize": 6, "elinewidth": 0.7, **styles[kind]}
+            if math.isfinite(half):
+                axis.errorbar(x, y, half, **style)
+            else:
+                axis.errorbar(x, y, markerfacecolor="white", **style)
             axis.annotate(
                 fraction, (x, y), (4, 4), textcoords="offset points", fontsize=7, color="0.3"
             )
