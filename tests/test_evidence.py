@@ -219,6 +219,33 @@ def test_the_report_pairs_seeds(tmp_path, capsys):
     assert (mean, found, n) == (pytest.approx(0.2), pytest.approx(half, rel=1e-4), 3)
 
 
+def test_what_began_at_other_weights_is_left_out(tmp_path):
+    import report
+
+    def began(at, method, seed, loss, **changes):
+        return record(method, seed, loss, train_losses=[at, at - 0.1], **changes)
+
+    lines = [
+        began(2.5, "dense", 0, 7.0),
+        began(2.5, "balanced", 0, 8.0),
+        began(2.0, "dense", 0, 1.0),
+        began(2.00001, "balanced", 1, 1.1),
+        began(2.1, "dense", 1, 1.0),
+        began(2.10001, "balanced", 0, 1.1),
+        began(3.0, "paper skip", 0, 1.2),
+        record("paper", 0, None, error="RuntimeError()"),
+        cost("balanced", 22, 20, 8.0),
+    ]
+    # dense training's last line of a seed counts, and a policy that changes the forward cannot fit
+    kept = [lines[i] for i in (2, 4, 6, 7, 8)]
+    assert report.alike(lines) == kept
+    lines[3], lines[5] = began(2.00001, "balanced", 0, 1.1), began(2.10001, "balanced", 1, 1.1)
+    assert report.methods_of(lines)["balanced"].results("val_loss") == {0: 1.1, 1: 1.1}
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report.main([f"--records={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'out.md'}"])
+    assert "2 lines began at other weights" in (tmp_path / "out.md").read_text()
+
+
 def test_names_of_packages_are_taken_out():
     from docstrings import without_names
 

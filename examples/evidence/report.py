@@ -126,12 +126,35 @@ def current(records: Sequence[Record]) -> list[Record]:
     return [record for record in records if record["policy"] == policies[record["method"]]]
 
 
+def alike(records: Sequence[Record]) -> list[Record]:
+    """Those that began where dense training did: a forward is exact, and so is a first loss.
+
+    Weights that were pre-trained on another machine are others in their last digits, and a
+    difference to dense training from those would be no paired one. Policies that change the forward
+    cannot be told by it.
+    """
+    first = {
+        r["seed"]: r["train_losses"][0]
+        for r in records
+        if r["kind"] == "train" and r["method"] == "dense" and r.get("train_losses")
+    }
+
+    def fits(record: Record) -> bool:
+        losses, dense = record.get("train_losses"), first.get(record.get("seed"))
+        exact = (record["policy"] or {}).get("unselected") != "skip"
+        known = record["kind"] == "train" and exact and losses and dense is not None
+        return not known or math.isclose(losses[0], dense, rel_tol=1e-4)
+
+    return [record for record in records if fits(record)]
+
+
 def methods_of(records: Sequence[Record]) -> dict[str, Method]:
     """What is known of each method, in the order of its first record; later records count.
 
-    What a method was run with before its policy was changed is left out.
+    What a method was run with before its policy was changed is left out, and what did not begin
+    where dense training did.
     """
-    records = current(records)
+    records = alike(current(records))
     found: dict[str, Method] = defaultdict(Method)
     for record in records:
         method = found[record["method"]]
@@ -227,8 +250,10 @@ def section(records: Sequence[Record]) -> str:
         parts.append(grid)
     errors = sorted({f"- {r['method']}: `{r['error'][:200]}`" for r in records if r["error"]})
     commits = sorted({str(r["commit"]).replace(str(r["commit"])[12:40], "") for r in records})
-    outdated = len(records) - len(current(records))
-    beneath = (f"{outdated} lines are of earlier policies and left out; " if outdated else "") + (
+    valid = current(records)
+    outdated, others = len(records) - len(valid), len(valid) - len(alike(valid))
+    left_out = (outdated, "are of earlier policies"), (others, "began at other weights")
+    beneath = "".join(f"{n} lines {why} and are left out; " for n, why in left_out if n) + (
         f"{last['precision']}, {last['device']}, {last['threads']} thread, torch {last['torch']}, "
         f"transformers {last['transformers']}, peft {last['peft']}; commits {', '.join(commits)}"
     )
