@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from digits import SIZE, Digits, ImageClassifier
 from filelock import FileLock
 from lightning import LightningDataModule, Trainer, seed_everything
@@ -56,16 +54,14 @@ def minilm() -> str:
 
 @cache
 def quickstart() -> str:
-    """Folder of the quickstart's Llama, pre-trained for this by one thread as all here is."""
+    """Folder of the quickstart's pre-trained Llama, kept where the quickstart keeps it."""
     config = ROOT / "configs" / "quickstart.yaml"
-    # the quickstart's own is by as many threads as there are, and another in its last digits
-    directory = RUNS / "quickstart"
+    directory = ROOT / "runs" / "quickstart" / "pretrained"
     # Lightning's command line would take them for its own
     given, sys.argv[1:] = sys.argv[1:], []
     try:
         arguments = ["--config", str(config), "--pretrain.directory", str(directory)]
-        with _one_thread():
-            return str(SageCLI(arguments, run=False).pretrained())
+        return str(SageCLI(arguments, run=False).pretrained())
     finally:
         sys.argv[1:] = given
 
@@ -100,18 +96,6 @@ def _kept(name: str, module: HuggingFaceModule, data: LightningDataModule, steps
                 logger=False, enable_checkpointing=False, enable_model_summary=False,
                 callbacks=[SavePretrained(str(unfinished))],
             )  # fmt: skip
-            with _one_thread():
-                trainer.fit(module, data)
+            trainer.fit(module, data)
             unfinished.rename(folder)
     return str(folder)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """So that machines of one kind make the same weights, whatever their cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
