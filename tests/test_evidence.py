@@ -68,7 +68,7 @@ def record(method, seed, loss, lr=1e-3, **changes):
         **dict.fromkeys(("device", "threads", "torch", "transformers", "peft"), "some"),
     }
     train = {"kind": "train", "lr": lr, "seed": seed, "steps": 60, "metrics": {"val_loss": loss}}
-    return common | train | changes
+    return common | train | {"train_losses": [3.0, 2.0]} | changes
 
 
 def cost(method, saved, cached, operations):
@@ -205,7 +205,9 @@ def test_the_report_pairs_seeds(tmp_path, capsys):
     half = 4.3027 * 0.1 / math.sqrt(3)
     # in per cent of 2, the mean of dense training; of 120 steps a mean of 0.8 less
     assert first[2:4] == [f"+10.0 ± {50 * half:.1f} (3)", f"-40.0 ± {50 * half:.1f} (3)"]
-    assert {"2.00", "0.80", "+0.2000", f"{0.2 - half:+.4f} to {0.2 + half:+.4f}", "4"} <= set(cells)
+    assert {"2.00", "0.80", "+0.2000", f"{0.2 - half:+.4f} to {0.2 + half:+.4f}", "3 of 4"} <= set(
+        cells
+    )
     assert "after 120 steps, dense training after 60" in text
     longer = text[text.index("after 120 steps") :]
     assert [line.split("|")[1].strip() for line in longer.splitlines()[2:6]][2:] == [
@@ -215,11 +217,13 @@ def test_the_report_pairs_seeds(tmp_path, capsys):
     assert f"{-0.8 - half:+.4f} to {-0.8 + half:+.4f}" in longer
     assert "2 lines are of earlier policies" in text
     assert "- paper: `RuntimeError('broken')`" in text
-    mean, found, n = report.difference(mine, dense)
-    assert (mean, found, n) == (pytest.approx(0.2), pytest.approx(half, rel=1e-4), 3)
+    found = report.methods_of([line for line in lines if line["steps"] == 60])
+    assert report.difference(found["balanced"], found["dense"], "val_loss") == (
+        pytest.approx(0.2), pytest.approx(half, rel=1e-4), 3
+    )  # fmt: skip
 
 
-def test_what_began_at_other_weights_is_left_out(tmp_path):
+def test_differences_are_of_what_began_at_the_same_weights():
     import report
 
     def began(at, method, seed, loss, **changes):
@@ -227,23 +231,27 @@ def test_what_began_at_other_weights_is_left_out(tmp_path):
 
     lines = [
         began(2.5, "dense", 0, 7.0),
-        began(2.5, "balanced", 0, 8.0),
         began(2.0, "dense", 0, 1.0),
-        began(2.00001, "balanced", 1, 1.1),
+        began(2.0, "dense", 0, 50.0, lr=2e-3),
         began(2.1, "dense", 1, 1.0),
-        began(2.10001, "balanced", 0, 1.1),
+        # whichever dense training it is that began there
+        began(2.50001, "balanced", 0, 7.5),
+        began(2.10001, "balanced", 1, 1.1),
+        # none did, and then no difference is known
+        began(2.2, "speed", 0, 1.3),
+        began(2.1, "speed", 1, 1.4),
+        # what changes the forward is beside the last
         began(3.0, "paper skip", 0, 1.2),
-        record("paper", 0, None, error="RuntimeError()"),
-        cost("balanced", 22, 20, 8.0),
     ]
-    # dense training's last line of a seed counts, and a policy that changes the forward cannot fit
-    kept = [lines[i] for i in (2, 4, 6, 7, 8)]
-    assert report.alike(lines) == kept
-    lines[3], lines[5] = began(2.00001, "balanced", 0, 1.1), began(2.10001, "balanced", 1, 1.1)
-    assert report.methods_of(lines)["balanced"].results("val_loss") == {0: 1.1, 1: 1.1}
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    report.main([f"--records={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'out.md'}"])
-    assert "2 lines began at other weights" in (tmp_path / "out.md").read_text()
+    found = report.methods_of(lines)
+    dense = found["dense"]
+    assert dense.results("val_loss") == [1.0, 1.0]
+    mean, _, n = report.difference(found["balanced"], dense, "val_loss")
+    assert (mean, n) == (pytest.approx(0.3), 2)
+    assert report.difference(found["speed"], dense, "val_loss")[::2] == (pytest.approx(0.4), 1)
+    assert report.difference(found["paper skip"], dense, "val_loss")[0] == pytest.approx(0.2)
+    assert report.row("speed", found, "val_loss")[-2] == "1 of 2"
+    assert report.row("balanced", found, "val_loss")[-2] == "2"
 
 
 def test_names_of_packages_are_taken_out():

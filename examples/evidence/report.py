@@ -35,10 +35,11 @@ COLUMNS = (
 BENEATH = (
     "The mean over seeds of the metric that is named above the table, after the last step, and of "
     "its difference to dense training with the same seed, batches and number of steps. Each is at "
-    "the learning rate that was best for seed 0, or best for a relative. Dense training's mean is "
-    "of all its seeds, a difference of those that both have. Intervals are Student's. "
-    "`operations` counts the products of a training. `cosine`, `norm ratio` and `squared error` "
-    "compare the gradient of what is trained in the blocks with the dense one."
+    "the learning rate that was best for seed 0, or best for a relative. Differences are of "
+    "trainings that began at the same weights (another machine pre-trains others), means of all. "
+    "Intervals are Student's. `operations` counts the products of a training. `cosine`, `norm "
+    "ratio` and `squared error` compare the gradient of what is trained in the blocks with the "
+    "dense one."
 )
 
 IN_ALL = (
@@ -66,20 +67,33 @@ class Method:
 
     Attributes:
         cost: The record of its step.
-        by_lr: Records of its trainings by learning rate, and by seed.
+        trainings: Records of all its trainings.
+        by_lr: The last of them by learning rate, and by seed.
         lr: The learning rate it is judged at.
     """
 
     cost: Record = field(default_factory=dict)
+    trainings: list[Record] = field(default_factory=list)
     by_lr: dict[float, dict[int, Record]] = field(default_factory=lambda: defaultdict(dict))
     lr: float | None = None
 
-    def results(self, metric: str) -> dict[int, float]:
-        """The metric by seed, where training did not fail."""
+    @property
+    def judged(self) -> list[Record]:
+        """Trainings at that rate that did not fail, the last of each seed."""
         chosen = self.by_lr[self.lr] if self.lr is not None else {}
-        return {
-            seed: value for seed, r in chosen.items() if (value := score(r, metric)) is not None
-        }
+        return [record for record in chosen.values() if not record["error"]]
+
+    def results(self, metric: str) -> list[float]:
+        """What is judged, by seed."""
+        return [record["metrics"][metric] for record in self.judged]
+
+    def beside(self, dense: Method) -> list[tuple[Record, Record]]:
+        """What is judged, each with the dense training that began at the same weights."""
+        others = [r for r in reversed(dense.trainings) if r["lr"] == dense.lr and not r["error"]]
+        found = (
+            (own, next((r for r in others if began_alike(own, r)), None)) for own in self.judged
+        )
+        return [(own, other) for own, other in found if other is not None]
 
     @property
     def steps(self) -> int | None:
@@ -96,6 +110,19 @@ def score(record: Record, metric: str) -> float | None:
     """What a training is judged by; None where it failed."""
     value: float | None = None if record["error"] else record["metrics"][metric]
     return value
+
+
+def began_alike(mine: Record, dense: Record) -> bool:
+    """Whether a training began as a dense one did: a forward is exact, and so is a first loss.
+
+    Weights that were pre-trained on another machine differ in their last digits, and after steps in
+    their first ones. Of policies that change the forward it cannot be told.
+    """
+    if mine["seed"] != dense["seed"]:
+        return False
+    skips = (mine["policy"] or {}).get("unselected") == "skip"
+    first, other = (record["train_losses"][0] for record in (mine, dense))
+    return skips or math.isclose(first, other, rel_tol=1e-4)
 
 
 def read(path: Path) -> dict[tuple[str, int], list[Record]]:
@@ -126,35 +153,12 @@ def current(records: Sequence[Record]) -> list[Record]:
     return [record for record in records if record["policy"] == policies[record["method"]]]
 
 
-def alike(records: Sequence[Record]) -> list[Record]:
-    """Those that began where dense training did: a forward is exact, and so is a first loss.
-
-    Weights that were pre-trained on another machine are others in their last digits, and a
-    difference to dense training from those would be no paired one. Policies that change the forward
-    cannot be told by it.
-    """
-    first = {
-        r["seed"]: r["train_losses"][0]
-        for r in records
-        if r["kind"] == "train" and r["method"] == "dense" and r.get("train_losses")
-    }
-
-    def fits(record: Record) -> bool:
-        losses, dense = record.get("train_losses"), first.get(record.get("seed"))
-        exact = (record["policy"] or {}).get("unselected") != "skip"
-        known = record["kind"] == "train" and exact and losses and dense is not None
-        return not known or math.isclose(losses[0], dense, rel_tol=1e-4)
-
-    return [record for record in records if fits(record)]
-
-
 def methods_of(records: Sequence[Record]) -> dict[str, Method]:
     """What is known of each method, in the order of its first record; later records count.
 
-    What a method was run with before its policy was changed is left out, and what did not begin
-    where dense training did.
+    What a method was run with before its policy was changed is left out.
     """
-    records = alike(current(records))
+    records = current(records)
     found: dict[str, Method] = defaultdict(Method)
     for record in records:
         method = found[record["method"]]
@@ -162,6 +166,7 @@ def methods_of(records: Sequence[Record]) -> dict[str, Method]:
             method.cost = record
         else:
             method.by_lr[record["lr"]][record["seed"]] = record
+            method.trainings.append(record)
     metric = records[0]["judged"] if records else ""
     for method in found.values():
         if method.by_lr:
@@ -176,9 +181,9 @@ def _merit(runs: dict[int, Record], metric: str) -> tuple[float, ...]:
     return len(runs), sign * fmean(values) if values else -math.inf
 
 
-def difference(mine: dict[int, float], dense: dict[int, float]) -> tuple[float, float, int] | None:
+def difference(mine: Method, dense: Method, metric: str) -> tuple[float, float, int] | None:
     """Mean of the paired differences, half of their 95 % interval, and how many there are."""
-    pairs = [mine[seed] - dense[seed] for seed in mine.keys() & dense.keys()]
+    pairs = [own["metrics"][metric] - other["metrics"][metric] for own, other in mine.beside(dense)]
     if not pairs:
         return None
     n = len(pairs)
@@ -190,9 +195,9 @@ def row(name: str, found: dict[str, Method], metric: str) -> tuple[str, ...]:
     """A method's line of the table."""
     method, dense = found[name], found.get("dense", Method())
     cost, results = method.cost, method.results(metric)
-    compared = None if name == "dense" else difference(results, dense.results(metric))
+    compared = None if name == "dense" else difference(method, dense, metric)
     checkpointing = found.get("checkpointing", Method()).cost
-    mean, half, _ = compared or (None, math.inf, 0)
+    mean, half, paired = compared or (None, math.inf, len(results))
     return (
         name,
         _number(cost.get("cached_mib"), ".1f"),
@@ -202,10 +207,10 @@ def row(name: str, found: dict[str, Method], metric: str) -> tuple[str, ...]:
         _number(ratio(cost, dense.cost, "step_s"), ".2f"),
         *(_number(cost.get(kind), ".3f") for kind in ("cosine", "norm_ratio", "squared_error")),
         _number(method.lr, "g"),
-        _number(fmean(results.values()) if results else None, ".4f"),
+        _number(fmean(results) if results else None, ".4f"),
         _number(mean, "+.4f"),
         f"{mean - half:+.4f} to {mean + half:+.4f}" if math.isfinite(half) else "",
-        str(len(results) or ""),
+        (str(paired or "") if paired == len(results) else f"{paired} of {len(results)}"),
         str(method.failed or "") + (" cost" if cost.get("error") else ""),
     )
 
@@ -250,10 +255,8 @@ def section(records: Sequence[Record]) -> str:
         parts.append(grid)
     errors = sorted({f"- {r['method']}: `{r['error'][:200]}`" for r in records if r["error"]})
     commits = sorted({str(r["commit"]).replace(str(r["commit"])[12:40], "") for r in records})
-    valid = current(records)
-    outdated, others = len(records) - len(valid), len(valid) - len(alike(valid))
-    left_out = (outdated, "are of earlier policies"), (others, "began at other weights")
-    beneath = "".join(f"{n} lines {why} and are left out; " for n, why in left_out if n) + (
+    outdated = len(records) - len(current(records))
+    beneath = (f"{outdated} lines are of earlier policies and left out; " if outdated else "") + (
         f"{last['precision']}, {last['device']}, {last['threads']} thread, torch {last['torch']}, "
         f"transformers {last['transformers']}, peft {last['peft']}; commits {', '.join(commits)}"
     )
@@ -270,17 +273,17 @@ def overview(scenarios: Sequence[Sequence[Record]]) -> str:
     for records in scenarios:
         last, found = records[-1], methods_of(records)
         for metric in dict.fromkeys((last["judged"], "val_loss")):
-            dense = found.get("dense", Method()).results(metric)
-            if not dense:
+            dense = found.get("dense", Method())
+            if not dense.judged:
                 continue
             points = metric == "val_accuracy"
             unit = "points" if points else "%"
             column = f"{last['scenario']}, {last['steps']} steps, {unit}"
             columns.append(column)
-            scale = 100 if points else 100 / fmean(dense.values())
+            scale = 100 if points else 100 / fmean(dense.results(metric))
             for name, method in found.items():
                 if name != "dense":
-                    compared = difference(method.results(metric), dense)
+                    compared = difference(method, dense, metric)
                     cells[name][column] = _compared(compared, scale)
     rows = [(name, *(known.get(c, "") for c in columns)) for name, known in cells.items()]
     return markdown(("method", *columns), [row for row in rows if any(row[1:])])
@@ -350,7 +353,7 @@ def _can_be_drawn(records: Sequence[Record]) -> bool:
 def _panels(axes: Any, last: Record, found: dict[str, Method], styles: dict[str, Any]) -> None:
     metric, dense = last["judged"], found.get("dense", Method())
     points = metric == "val_accuracy"
-    reference = dense.results(metric).values()
+    reference = dense.results(metric)
     # so that more is worse, whatever is judged
     scale = -100 if points else 100 / fmean(reference) if reference else math.nan
     memory, time = axes
@@ -368,7 +371,7 @@ def _panels(axes: Any, last: Record, found: dict[str, Method], styles: dict[str,
         axis.grid(color="0.93")
     for name, method in found.items():
         kind, fraction = kind_of(name)
-        compared = difference(method.results(metric), dense.results(metric))
+        compared = difference(method, dense, metric)
         held = ratio(method.cost, found.get("checkpointing", Method()).cost, "cached_mib")
         for axis, x in ((memory, held), (time, operations(method, dense))):
             if x is None or compared is None:
