@@ -46,7 +46,7 @@ METHODS: dict[str, SagePolicy | None] = {
 
 # tuned each by itself, with all seeds
 HEADLINE = (
-    *("dense", "balanced", "paper", "memory", "speed", "random 0.25", "keep 0.25"),
+    *("dense", "balanced", "paper", "memory", "speed", "random 0.25", "keep 0.25", "keep 0.125"),
     "sampled replay 0.5",
 )
 
@@ -58,7 +58,6 @@ LADDER = {
     "paper 0.125": "paper",
     "random 0.125": "random 0.25",
     "keep 0.5": "keep 0.25",
-    "keep 0.125": "keep 0.25",
     "keep 0.0625": "keep 0.25",
     "loss first 0.25": "memory",
     "loss first 0.125": "memory",
