@@ -40,6 +40,7 @@ from tables import table
 
 from lightning_sage import AllTokens, SagePolicy
 from lightning_sage.compare.callbacks import spread
+from lightning_sage.policy import PRESETS
 
 RESULTS = Path(__file__).parent / "results"
 # settings of CUDA's allocator; the second is the older name of the first
@@ -64,10 +65,12 @@ class Command(Setting):
 
 
 def name_of(setting: Setting) -> str:
-    """The method, with the policy's differences from the default."""
+    """The method, with the preset's name or the policy's differences from `SagePolicy()`."""
     if setting.method != "sage":
         return setting.method
     policy, default = setting.policy, SagePolicy()
+    if preset := next((name for name, known in PRESETS.items() if known == policy), None):
+        return f"sage {preset}"
     changed = [
         f"{f.name}={getattr(policy, f.name)!r}"
         for f in fields(policy)
@@ -142,11 +145,10 @@ def _version(package: str) -> str | None:
 def methods(base: Setting) -> list[Setting]:
     """The standard contenders."""
     policies = (
+        *(PRESETS[name] for name in ("balanced", "memory", "speed")),
         SagePolicy(keep=0.25),
-        SagePolicy(keep=0.25, cache_dtype="int8"),
         SagePolicy(keep=0.25, attention="full"),
         SagePolicy(keep=0.1, unselected="skip"),
-        SagePolicy(),
         SagePolicy(keep=AllTokens(), replay=0.25),
     )
     baselines = [replace(base, method="dense"), replace(base, method="checkpointing")]

@@ -88,6 +88,11 @@ def test_the_script_runs():
     assert json.loads(done.stdout)["kept_fraction"] == pytest.approx(21 / 64)
 
 
+def test_presets_are_called_by_name(measure, step):
+    named = [measure.name_of(setting) for setting in measure.methods(step.Setting())]
+    assert named[2:6] == ["sage balanced", "sage memory", "sage speed", "sage keep=0.25"]
+
+
 def test_a_suite_prints_ratios_and_appends_records(measure, step, tmp_path, capsys):
     base = step.Setting(device="cpu", warmup=0, steps=2, rank=4)
     out = tmp_path / "results" / "suite.jsonl"
