@@ -231,27 +231,57 @@ def test_differences_are_of_what_began_at_the_same_weights():
 
     lines = [
         began(2.5, "dense", 0, 7.0),
-        began(2.0, "dense", 0, 1.0),
+        began(2.0, "dense", 0, 1.0, base="mine"),
         began(2.0, "dense", 0, 50.0, lr=2e-3),
         began(2.1, "dense", 1, 1.0),
         # whichever dense training it is that began there
-        began(2.50001, "balanced", 0, 7.5),
-        began(2.10001, "balanced", 1, 1.1),
+        began(2.500001, "balanced", 0, 7.5),
+        began(2.100001, "balanced", 1, 1.1),
         # none did, and then no difference is known
         began(2.2, "speed", 0, 1.3),
         began(2.1, "speed", 1, 1.4),
-        # what changes the forward is beside the last
-        began(3.0, "paper skip", 0, 1.2),
+        began(2.0001, "memory", 0, 1.3),
+        began(2.1001, "memory", 1, 1.3),
+        # where the forward is changed, only the file of weights can tell
+        began(3.0, "paper skip", 0, 1.2, base="mine"),
+        began(3.0, "paper skip", 1, 1.2),
+        # a relative's rate, which was another once
+        began(2.0, "keep 0.5", 0, 1.2, lr=2e-3),
+        began(2.0, "keep 0.5", 0, 1.3),
     ]
     found = report.methods_of(lines)
     dense = found["dense"]
     assert dense.results("val_loss") == [1.0, 1.0]
-    mean, _, n = report.difference(found["balanced"], dense, "val_loss")
-    assert (mean, n) == (pytest.approx(0.3), 2)
-    assert report.difference(found["speed"], dense, "val_loss")[::2] == (pytest.approx(0.4), 1)
-    assert report.difference(found["paper skip"], dense, "val_loss")[0] == pytest.approx(0.2)
-    assert report.row("speed", found, "val_loss")[-2] == "1 of 2"
-    assert report.row("balanced", found, "val_loss")[-2] == "2"
+    differences = {
+        name: report.difference(method, dense, "val_loss") for name, method in found.items()
+    }
+    assert differences["balanced"][::2] == (pytest.approx(0.3), 2)
+    assert differences["speed"][::2] == (pytest.approx(0.4), 1)
+    assert differences["memory"] is None
+    assert differences["paper skip"][::2] == (pytest.approx(0.2), 1)
+    assert differences["keep 0.5"][::2] == (pytest.approx(0.3), 1)
+    seeds = {name: report.row(name, found, "val_loss")[-2] for name in found}
+    assert seeds == {
+        "dense": "2", "balanced": "2", "speed": "1 of 2", "memory": "0 of 2",
+        "paper skip": "1 of 2", "keep 0.5": "1",
+    }  # fmt: skip
+
+
+def test_lines_that_began_elsewhere_are_run_again(tmp_path):
+    import run
+    from train import base_of
+
+    from lightning_sage.models import CausalLM
+
+    assert base_of(CausalLM(config=LLAMA)) is None
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    here = base_of(CausalLM(str(tmp_path)))
+    (tmp_path / "model.safetensors").write_bytes(b"others")
+    there = base_of(CausalLM(str(tmp_path)))
+    assert len({here, there, None}) == 3
+    lines = [record("dense", seed, 1.0, base=base) for seed, base in enumerate((here, there))]
+    lines += [record("dense", 2, 1.0), record("dense", 3, 1.0, scenario="long", base=there)]
+    assert run.from_bases({"answer": here}, lines) == [lines[0], lines[2]]
 
 
 def test_names_of_packages_are_taken_out():

@@ -22,6 +22,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[1]))
 
 from jsonargparse import auto_cli
+from methods import LADDER
 from scipy.stats import t as student
 from tables import markdown
 
@@ -34,12 +35,12 @@ COLUMNS = (
 )
 BENEATH = (
     "The mean over seeds of the metric that is named above the table, after the last step, and of "
-    "its difference to dense training with the same seed, batches and number of steps. Each is at "
-    "the learning rate that was best for seed 0, or best for a relative. Differences are of "
-    "trainings that began at the same weights (another machine pre-trains others), means of all. "
-    "Intervals are Student's. `operations` counts the products of a training. `cosine`, `norm "
-    "ratio` and `squared error` compare the gradient of what is trained in the blocks with the "
-    "dense one."
+    "its difference to dense training with the same seed, batches and number of steps that began "
+    "at the same weights: what another kind of CPU pre-trained is another model (`2 of 5`: so many "
+    "seeds are paired). The learning rate is the best for seed 0, where several rates have all "
+    "seeds the best of those, or that of a relative. Intervals are Student's. `operations` counts "
+    "the products of a training. `cosine`, `norm ratio` and `squared error` compare the gradient "
+    "of what is trained in the blocks with the dense one."
 )
 
 IN_ALL = (
@@ -78,22 +79,23 @@ class Method:
     lr: float | None = None
 
     @property
-    def judged(self) -> list[Record]:
+    def finished(self) -> list[Record]:
         """Trainings at that rate that did not fail, the last of each seed."""
         chosen = self.by_lr[self.lr] if self.lr is not None else {}
         return [record for record in chosen.values() if not record["error"]]
 
     def results(self, metric: str) -> list[float]:
-        """What is judged, by seed."""
-        return [record["metrics"][metric] for record in self.judged]
+        """The metric of each of them."""
+        return [record["metrics"][metric] for record in self.finished]
 
     def beside(self, dense: Method) -> list[tuple[Record, Record]]:
-        """What is judged, each with the dense training that began at the same weights."""
+        """Each of them with the dense training that began at the same weights, if one did."""
         others = [r for r in reversed(dense.trainings) if r["lr"] == dense.lr and not r["error"]]
-        found = (
-            (own, next((r for r in others if began_alike(own, r)), None)) for own in self.judged
-        )
-        return [(own, other) for own, other in found if other is not None]
+        return [
+            (own, other)
+            for own in self.finished
+            if (other := next((r for r in others if began_alike(own, r)), None)) is not None
+        ]
 
     @property
     def steps(self) -> int | None:
@@ -115,14 +117,15 @@ def score(record: Record, metric: str) -> float | None:
 def began_alike(mine: Record, dense: Record) -> bool:
     """Whether a training began as a dense one did: a forward is exact, and so is a first loss.
 
-    Weights that were pre-trained on another machine differ in their last digits, and after steps in
-    their first ones. Of policies that change the forward it cannot be told.
+    What is pre-trained differs by kind of CPU, and then so do first losses, by 4e-5 or more; those
+    from the same weights by 2e-7. Where the policy changes the forward, the file must be the same.
     """
     if mine["seed"] != dense["seed"]:
         return False
-    skips = (mine["policy"] or {}).get("unselected") == "skip"
+    if (mine["policy"] or {}).get("unselected") == "skip":
+        return mine.get("base") is not None and mine["base"] == dense.get("base")
     first, other = (record["train_losses"][0] for record in (mine, dense))
-    return skips or math.isclose(first, other, rel_tol=1e-4)
+    return math.isclose(first, other, rel_tol=1e-5)
 
 
 def read(path: Path) -> dict[tuple[str, int], list[Record]]:
@@ -140,8 +143,9 @@ def read(path: Path) -> dict[tuple[str, int], list[Record]]:
         own, known = [c for c in costs if c["scenario"] == name], {r["method"] for r in runs}
         if runs and "dense" not in known:
             # methods that alone took as many steps are compared with dense training's number
-            other = next((v for (n, s), v in trained.items() if n == name and s != steps), [])
-            runs = [*(r for r in other if r["method"] == "dense"), *runs]
+            others = (v for (n, s), v in trained.items() if n == name and s != steps)
+            dense = ([r for r in other if r["method"] == "dense"] for other in others)
+            runs = [*next(filter(None, dense), []), *runs]
             own = [c for c in own if c["method"] in known | {"dense"}]
         found[name, steps] = [*own, *runs]
     return found
@@ -168,8 +172,10 @@ def methods_of(records: Sequence[Record]) -> dict[str, Method]:
             method.by_lr[record["lr"]][record["seed"]] = record
             method.trainings.append(record)
     metric = records[0]["judged"] if records else ""
-    for method in found.values():
-        if method.by_lr:
+    for name, method in found.items():
+        if name in LADDER and method.trainings:
+            method.lr = method.trainings[-1]["lr"]
+        elif method.by_lr:
             method.lr = max(method.by_lr, key=lambda lr: _merit(method.by_lr[lr], metric))
     return found
 
@@ -197,7 +203,7 @@ def row(name: str, found: dict[str, Method], metric: str) -> tuple[str, ...]:
     cost, results = method.cost, method.results(metric)
     compared = None if name == "dense" else difference(method, dense, metric)
     checkpointing = found.get("checkpointing", Method()).cost
-    mean, half, paired = compared or (None, math.inf, len(results))
+    mean, half, paired = compared or (None, math.inf, len(results) if name == "dense" else 0)
     return (
         name,
         _number(cost.get("cached_mib"), ".1f"),
@@ -210,7 +216,7 @@ def row(name: str, found: dict[str, Method], metric: str) -> tuple[str, ...]:
         _number(fmean(results) if results else None, ".4f"),
         _number(mean, "+.4f"),
         f"{mean - half:+.4f} to {mean + half:+.4f}" if math.isfinite(half) else "",
-        (str(paired or "") if paired == len(results) else f"{paired} of {len(results)}"),
+        str(paired or "") if paired == len(results) else f"{paired} of {len(results)}",
         str(method.failed or "") + (" cost" if cost.get("error") else ""),
     )
 
@@ -244,7 +250,7 @@ def section(records: Sequence[Record]) -> str:
     start = next((m.cost["start"][metric] for m in found.values() if m.cost), None)
     before = f", {start:.4f} where costs were measured" if start is not None else ""
     parts = [f"### {last['title']}", f"{judged}{before}.", table]
-    tuned = {name: m.by_lr for name, m in found.items() if len(m.by_lr) > 1}
+    tuned = {name: m.by_lr for name, m in found.items() if len(m.by_lr) > 1 and name not in LADDER}
     if tuned:
         lrs = sorted({lr for by_lr in tuned.values() for lr in by_lr})
         cells = [
@@ -274,7 +280,7 @@ def overview(scenarios: Sequence[Sequence[Record]]) -> str:
         last, found = records[-1], methods_of(records)
         for metric in dict.fromkeys((last["judged"], "val_loss")):
             dense = found.get("dense", Method())
-            if not dense.judged:
+            if not dense.finished:
                 continue
             points = metric == "val_accuracy"
             unit = "points" if points else "%"
@@ -339,7 +345,7 @@ def figure(scenarios: Sequence[Sequence[Record]], path: Path) -> None:
 
 
 def kind_of(name: str) -> tuple[str, str]:
-    """A method's name without its first number, which tells its colour, and from there on."""
+    """What tells a method's colour, its name up to the first number, and the rest."""
     kind, _, rest = re.sub(r" (?=\d)", "\0", name, count=1).partition("\0")
     return kind, rest
 

@@ -9,6 +9,10 @@ Appends a JSON line a run; what `out` holds already is not run again:
 The phases: `cost` measures a step of every method and its gradient; `tune` trains the headline
 methods at each learning rate of the scenario's grid; `headline` trains them with more seeds at the
 best; `ladder` trains the other methods at the best of a relative. report.py makes tables of it.
+
+What most scenarios start from is pre-trained first, once, and differs by kind of CPU. Lines that
+say that they began at other weights do not count as done. Older ones do not say it: to train all
+anew, name a file of your own (`--out`).
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ from measure import RESULTS, plain, write
 from methods import HEADLINE, LADDER, METHODS
 from rich.progress import Progress
 from scenarios import SCENARIOS
-from train import Record, data_of, quiet, run
+from train import Record, base_of, data_of, quiet, run
 
 PHASES = ("cost", "tune", "headline", "ladder")
 
@@ -80,6 +84,15 @@ class Run:
 def read(out: Path) -> list[Record]:
     """The records there are."""
     return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+
+
+def from_bases(bases: dict[str, str | None], records: Iterable[Record]) -> list[Record]:
+    """Those of these scenarios that began at these weights, so far as it is known."""
+    return [
+        record
+        for record in records
+        if record["scenario"] in bases and record.get("base") in (None, bases[record["scenario"]])
+    ]
 
 
 def is_current(record: Record) -> bool:
@@ -199,16 +212,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     torch.set_num_threads(1)
     quiet()
+    bases = {}
     for name in scenarios:
         # what several processes need is made once, before there are any
-        SCENARIOS[name].module(0.0, False)
+        bases[name] = base_of(SCENARIOS[name].module(0.0, False))
         data_of(SCENARIOS[name])
     if "cost" in phases:
         # alone, since steps are timed
         work("cost", _cost, uncosted(scenarios, methods, read(out)), out, workers=1)
     for phase in PHASES[1:]:
         if phase in phases:
-            records = read(out)
+            records = from_bases(bases, read(out))
             runs = unfinished(plan(phase, command, records), records)
             work(phase, _train, runs, out, command.workers)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import sys
@@ -9,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 from itertools import chain, islice, repeat
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -105,6 +107,13 @@ def judge(scenario: Scenario, module: HuggingFaceModule, trainer: Trainer) -> di
     return {name: float(value) for name, value in metrics.items()}
 
 
+def base_of(module: HuggingFaceModule) -> str | None:
+    """A checksum of the weights that a module starts from; None where there are none."""
+    files = sorted(Path(module.name_or_path).glob("*.safetensors")) if module.name_or_path else []
+    found = hashlib.sha256(b"".join(file.read_bytes() for file in files))
+    return found.hexdigest()[:12] if files else None
+
+
 def run(scenario: Scenario, method: str, lr: float, seed: int, steps: int | None = None) -> Record:
     """Train; what went wrong is in the record as well, as its `error`."""
     steps = steps or scenario.steps
@@ -114,6 +123,7 @@ def run(scenario: Scenario, method: str, lr: float, seed: int, steps: int | None
     started = perf_counter()
     try:
         module = scenario.module(lr, method == "checkpointing")
+        record["base"] = base_of(module)
         batches = train_batches(scenario, seed, steps)
         started = perf_counter()
         trainer = fit(scenario, module, batches, [losses, *sage], seed)
