@@ -129,7 +129,7 @@ def began_alike(mine: Record, dense: Record) -> bool:
 
 
 def read(path: Path) -> dict[tuple[str, int], list[Record]]:
-    """Records by scenario and number of steps; those of a step's cost go with every number."""
+    """Records by scenario and number of steps; a step's cost goes with each of its method's."""
     trained, costs = defaultdict(list), []
     for record in map(json.loads, path.read_text().splitlines()):
         if record["kind"] == "cost":
@@ -146,6 +146,8 @@ def read(path: Path) -> dict[tuple[str, int], list[Record]]:
             others = (v for (n, s), v in trained.items() if n == name and s != steps)
             dense = ([r for r in other if r["method"] == "dense"] for other in others)
             runs = [*next(filter(None, dense), []), *runs]
+        if len(runs) < max(len(v) for (n, _), v in trained.items() if n == name):
+            # costs alone are told once, where most was trained
             own = [c for c in own if c["method"] in known | {"dense"}]
         found[name, steps] = [*own, *runs]
     return found
@@ -350,10 +352,14 @@ def kind_of(name: str) -> tuple[str, str]:
     return kind, rest
 
 
-def _can_be_drawn(records: Sequence[Record]) -> bool:
-    """Whether costs are known, and all trainings took as many steps."""
-    steps = {record["steps"] for record in records if record["kind"] == "train"}
-    return len(steps) == 1 and any(record["kind"] == "cost" for record in records)
+def _most_trained(scenarios: Sequence[Sequence[Record]]) -> list[Sequence[Record]]:
+    """Of each scenario the number of steps that most was trained for, where costs are known."""
+    found: dict[str, Sequence[Record]] = {}
+    for records in scenarios:
+        name = records[-1]["scenario"]
+        if len(records) > len(found.get(name, ())) and any(r["kind"] == "cost" for r in records):
+            found[name] = records
+    return list(found.values())
 
 
 def _panels(axes: Any, last: Record, found: dict[str, Method], styles: dict[str, Any]) -> None:
@@ -401,7 +407,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parts = ["# Does it end where dense training does?", findings, "## Measured", BENEATH]
     parts += [IN_ALL, overview(scenarios), *map(section, scenarios)]
     out.write_text("\n\n".join(parts) + "\n")
-    figure([r for r in scenarios if _can_be_drawn(r)], out.with_suffix(".png"))
+    figure(_most_trained(scenarios), out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
