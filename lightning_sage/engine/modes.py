@@ -66,29 +66,26 @@ def attributes_kept(modules: list[nn.Module]) -> Iterator[None]:
 
 
 def _values(modules: list[nn.Module]) -> tuple[Any, ...]:
-    # asked in every call of every block: most modules are no layers of PEFT
+    """Modes, and of layers of PEFT which adapters are active and whether none is."""
+    # asked in every call of every block: most modules are no layers of PEFT, and calls cost time
     adapters = [
-        (i, _adapters(module))
+        (
+            i,
+            (*active,) if active.__class__ is list else active,
+            getattr(module, "_disable_adapters", False) is True,
+        )
         for i, module in enumerate(modules)
         if "_active_adapter" in module.__dict__
+        for active in [module.__dict__["_active_adapter"]]
     ]
     return tuple([module.training for module in modules]), tuple(adapters)
-
-
-def _adapters(layer: nn.Module) -> tuple[str | tuple[str, ...], bool]:
-    """Which adapters of a layer are active, and whether none is."""
-    own = layer.__dict__
-    active = own["_active_adapter"]
-    return tuple(active) if isinstance(active, list) else active, getattr(
-        layer, "_disable_adapters", False
-    ) is True
 
 
 def _set(modules: list[nn.Module], values: tuple[Any, ...]) -> None:
     training, adapters = values
     for module, mode in zip(modules, training, strict=True):
         module.training = mode
-    for i, (active, disabled) in adapters:
+    for i, active, disabled in adapters:
         own = modules[i].__dict__
         own["_active_adapter"] = list(active) if isinstance(active, tuple) else active
         own["_disable_adapters"] = disabled
