@@ -69,14 +69,20 @@ class Method:
     Attributes:
         cost: The record of its step.
         trainings: Records of all its trainings.
-        by_lr: The last of them by learning rate, and by seed.
         lr: The learning rate it is judged at.
     """
 
     cost: Record = field(default_factory=dict)
     trainings: list[Record] = field(default_factory=list)
-    by_lr: dict[float, dict[int, Record]] = field(default_factory=lambda: defaultdict(dict))
     lr: float | None = None
+
+    @property
+    def by_lr(self) -> dict[float, dict[int, Record]]:
+        """The last training by learning rate, and by seed."""
+        found: dict[float, dict[int, Record]] = defaultdict(dict)
+        for record in self.trainings:
+            found[record["lr"]][record["seed"]] = record
+        return dict(found)
 
     @property
     def finished(self) -> list[Record]:
@@ -100,7 +106,7 @@ class Method:
     @property
     def steps(self) -> int | None:
         """Of its trainings."""
-        return next((r["steps"] for runs in self.by_lr.values() for r in runs.values()), None)
+        return next((record["steps"] for record in self.trainings), None)
 
     @property
     def failed(self) -> int:
@@ -171,14 +177,14 @@ def methods_of(records: Sequence[Record]) -> dict[str, Method]:
         if record["kind"] == "cost":
             method.cost = record
         else:
-            method.by_lr[record["lr"]][record["seed"]] = record
             method.trainings.append(record)
     metric = records[0]["judged"] if records else ""
     for name, method in found.items():
         if name in LADDER and method.trainings:
             method.lr = method.trainings[-1]["lr"]
-        elif method.by_lr:
-            method.lr = max(method.by_lr, key=lambda lr: _merit(method.by_lr[lr], metric))
+        elif method.trainings:
+            merits = {lr: _merit(runs, metric) for lr, runs in method.by_lr.items()}
+            method.lr = max(merits, key=merits.__getitem__)
     return found
 
 
