@@ -36,7 +36,7 @@ COLUMNS = (
 BENEATH = (
     "The mean over seeds of the metric that is named above the table, after the last step, and of "
     "its difference to dense training with the same seed, batches and number of steps that began "
-    "at the same weights: what another kind of CPU pre-trained is another model (`2 of 5`: so many "
+    "at the same weights: what another machine pre-trained is another model (`2 of 5`: so many "
     "seeds are paired). The learning rate is the best for seed 0, where several rates have all "
     "seeds the best of those, or that of a relative. Intervals are Student's. `operations` counts "
     "the products of a training. `cosine`, `norm ratio` and `squared error` compare the gradient "
@@ -123,8 +123,9 @@ def score(record: Record, metric: str) -> float | None:
 def began_alike(mine: Record, dense: Record) -> bool:
     """Whether a training began as a dense one did: a forward is exact, and so is a first loss.
 
-    What is pre-trained differs by kind of CPU, and then so do first losses, by 4e-5 or more; those
-    from the same weights by 2e-7. Where the policy changes the forward, the file must be the same.
+    What is pre-trained differs by machine and threads, and then so do first losses, by 4e-5 or
+    more; those from the same weights by 2e-7. Where the policy changes the forward, the file must
+    be the same.
     """
     if mine["seed"] != dense["seed"]:
         return False

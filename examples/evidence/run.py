@@ -10,7 +10,7 @@ The phases: `cost` measures a step of every method and its gradient; `tune` trai
 methods at each learning rate of the scenario's grid; `headline` trains them with more seeds at the
 best; `ladder` trains the other methods at the best of a relative. report.py makes tables of it.
 
-What most scenarios start from is pre-trained first, once, and differs by kind of CPU. Lines that
+What most scenarios start from is pre-trained first, once, and differs by machine. Lines that
 say that they began at other weights do not count as done. Older ones do not say it: to train all
 anew, name a file of your own (`--out`).
 """
