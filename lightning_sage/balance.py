@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_sage.errors import ReplayError
 from lightning_sage.resume import place
 from lightning_sage.selections import Chosen, Selection, gradient_scores, ranked, share, top
 from lightning_sage.tokens import Window
@@ -142,9 +141,6 @@ def fit_kept(
         budget: Rows to replay.
         exactly: Whether all that is kept is replayed; else the budget is the least that is kept.
         given: What the selection chose from, as for :func:`Selection.keep`.
-
-    Raises:
-        ReplayError: The selection draws with probabilities and has no :func:`Selection.at`.
     """
     scores, valid, priority, noise = given
     other = keeper.at(budget.fraction)
@@ -154,7 +150,7 @@ def fit_kept(
         return other.keep(scores, valid, priority, noise)
     # always-kept rows first, then those that bear loss, as the selection itself would
     order = ranked(keeper.key(scores, priority, noise), priority, valid)
-    rows = _cut_or_filled(keeper, own, order, budget.rows) & valid
+    rows = _cut_or_filled(own, order, budget.rows) & valid
     return Chosen(rows if exactly else rows | own.rows)
 
 
@@ -171,16 +167,13 @@ def fit_replayed(
         own: What it chose by itself, ``[N]``, where that was asked for already.
         budget: Rows to replay.
         given: What the selection chose from, as for :func:`Selection.replay`.
-
-    Raises:
-        ReplayError: The selection draws with probabilities and has no :func:`Selection.at`.
     """
     other = replayer.at(budget.fraction)
     if other is not None:
         return other.replay(*given)
     own = replayer.replay(*given) if own is None else own
     norms, saliency, *_ = given
-    return Chosen(_cut_or_filled(replayer, own, gradient_scores(norms, saliency), budget.rows))
+    return Chosen(_cut_or_filled(own, gradient_scores(norms, saliency), budget.rows))
 
 
 def least(a: Tensor | int, b: Tensor | int) -> Tensor | int:
@@ -192,13 +185,8 @@ def least(a: Tensor | int, b: Tensor | int) -> Tensor | int:
     return b.clamp(max=a) if isinstance(b, Tensor) else min(a, b)
 
 
-def _cut_or_filled(selection: Selection, own: Chosen, order: Tensor, count: int) -> Tensor:
+def _cut_or_filled(own: Chosen, order: Tensor, count: int) -> Tensor:
     """The `count` first of the chosen rows by `order`, then of the others; of the whole batch."""
-    if own.probability is not None:
-        raise ReplayError(
-            f"{selection!r} draws rows with probabilities, which no budget may change: give it "
-            "a method at(fraction), or use balance='none'"
-        )
     finite = order.isfinite()
     lift = order.where(finite, 0.0).max() + 1
     # rows whose gradient is not finite stay first

@@ -40,8 +40,10 @@ class SageCallback(Callback):
         log_every_n_steps: Optimizer steps between two logs; None is the Trainer's, 0 logs nothing.
         fidelity_every_n_steps: Optimizer steps between two looks at the gradient: the batch is run
             twice more, densely and sparsely, and `sage/fidelity_cosine` (overall and by block) and
-            `sage/fidelity_norm_ratio` are logged. 0 never looks.
-        fidelity_floor: A cosine below it is warned of, where no target is held.
+            `sage/fidelity_norm_ratio` are logged. None looks once, at the eleventh step, for the
+            time of about two steps; 0 never looks.
+        fidelity_floor: A cosine below it is warned of, where no target is held, and so is a norm
+            below half or above one and a half of the dense one.
         fidelity_target: A cosine to hold, by moving the fractions or masses of `keep` and `replay`.
         memory_budget: A size (`20GiB`), or a share of the device's memory (0.9), that a step has
             to fit in; on a CPU, of the bytes that SAGE caches. The first four steps find the best
@@ -78,7 +80,7 @@ class SageCallback(Callback):
         self,
         policy: SagePolicy | Preset | None = None,
         log_every_n_steps: int | None = None,
-        fidelity_every_n_steps: int = 0,
+        fidelity_every_n_steps: int | None = None,
         fidelity_floor: float = 0.7,
         fidelity_target: float | None = None,
         memory_budget: str | float | None = None,

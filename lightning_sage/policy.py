@@ -7,7 +7,7 @@ is made in the backward pass, over the rows that were kept in the whole batch, a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -115,10 +115,6 @@ class SagePolicy:
                 "attention='full' needs keys and values of every token, which unselected='skip' "
                 "never computes; use attention='salient'"
             )
-        if self.unselected == "skip" and isinstance(self.keep, ImportanceSampling):
-            raise ValueError(
-                "unselected='skip' changes the forward, which no weight can undo: use another keep"
-            )
 
     @staticmethod
     def preset(name: Preset) -> SagePolicy:
@@ -204,3 +200,14 @@ def as_policy(given: SagePolicy | Preset | None) -> SagePolicy:
     if isinstance(given, SagePolicy):
         return given
     return SagePolicy.preset("balanced" if given is None else given)
+
+
+def named(policy: SagePolicy) -> str:
+    """A policy as its user would say it: the preset that it is, or all that differs."""
+    for name, preset in PRESETS.items():
+        if replace(policy, blocks=None, dense_blocks=()) == preset:
+            return f"preset '{name}'"
+    default = SagePolicy()
+    changed = {f.name: getattr(policy, f.name) for f in fields(policy)}
+    own = [f"{k}={v!r}" for k, v in changed.items() if v != getattr(default, k)]
+    return f"SagePolicy({', '.join(own)})"

@@ -19,9 +19,11 @@ class BlockRecord:
         cached_bytes: Bytes held between forward and backward for this block alone.
         seed: Of the block's dropout and draws; None where nothing was random.
         rows: ``[R]`` int64, the replayed rows, or None before a backward pass.
-        factors: ``[R]``, what their branch gradient was multiplied by; None for 1.
         keys: ``[M]`` int64, kept rows that were not replayed and learned as keys and values of
             those that were; None where there are none.
+        drawn: ``[B, T]``, what the gradient of the block's output was multiplied by before anything
+            else, where the backward pass entered its chain of blocks here and rows were drawn:
+            1/p of a row that was drawn, 0 of one that was not. None elsewhere.
     """
 
     name: str
@@ -30,23 +32,13 @@ class BlockRecord:
     cached_bytes: int = 0
     seed: int | None = None
     rows: Tensor | None = None
-    factors: Tensor | None = None
     keys: Tensor | None = None
+    drawn: Tensor | None = None
 
     @property
     def replayed(self) -> Tensor | None:
         """``[B, T]`` bool, or None before a backward pass."""
-        weights = self.weights
-        return None if weights is None else weights > 0
-
-    @property
-    def weights(self) -> Tensor | None:
-        """``[B, T]`` float64, the factor of each replayed row's branch gradient, 0 elsewhere.
-
-        1/p, or 1 where nothing was drawn; None before a backward pass.
-        """
         if self.rows is None:
             return None
-        weights = torch.zeros(self.kept.numel(), dtype=torch.float64, device=self.kept.device)
-        weights[self.rows] = 1.0 if self.factors is None else self.factors.double()
-        return weights.view(self.kept.shape)
+        replayed = torch.zeros(self.kept.numel(), dtype=torch.bool, device=self.kept.device)
+        return replayed.index_fill(0, self.rows, True).view(self.kept.shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,13 +14,14 @@ from lightning_sage.selections import (
     checked_fraction,
     running_sum,
     share,
+    top,
 )
 
 
 class RandomTokens(PerSample):
     """A uniformly random `fraction` of each sample's valid tokens (TokenTune, 2024).
 
-    Biased like any plain choice: nothing is reweighted.
+    The same ones in all blocks of a forward. Biased like any plain choice: nothing is weighted.
     """
 
     needs_scores = False
@@ -28,15 +31,23 @@ class RandomTokens(PerSample):
 class LossFirst(PerSample):
     """A `fraction` of each sample's valid tokens: loss-bearing ones, then the highest-scored.
 
-    Where the loss-bearing rows alone exceed the fraction, those that are kept are drawn, by every
-    block anew, each as likely as another: training with them ends better than with the
-    highest-scored of them, which :class:`TopFraction` keeps (examples/evidence.md). It keeps what
-    `TopFraction` does where they fit, where nothing tells which rows bear loss, and under a policy
-    without `keep_loss_rows`. Not for `replay`.
+    Where the loss-bearing rows alone exceed the fraction, those that are kept are drawn, each as
+    likely as another and the same in all blocks, and their gradient is weighted by one over their
+    share where the backward pass begins: the dense gradient on average, where the highest-scored of
+    them, which :class:`TopFraction` keeps, are a bias. It keeps what `TopFraction` does where they
+    fit, where nothing tells which rows bear loss, and under a policy without `keep_loss_rows`. Not
+    for `replay`.
     """
 
     random = True
     draws_loss_rows = True
+
+    def probability(self, rows: Tensor, priority: Tensor) -> Tensor:
+        """See :func:`Selection.probability`: a sample's drawn share of its loss-bearing rows."""
+        drawn = priority == 1
+        share = (rows & drawn).sum(-1, keepdim=True) / drawn.sum(-1, keepdim=True).clamp(min=1)
+        # where a sample has room for none of them, none of the rows kept is one
+        return torch.where(drawn & rows, share.double(), 1.0)
 
     def key(self, scores: Tensor, priority: Tensor, noise: Tensor) -> Tensor:
         """See :func:`Selection.key`: scores choose only among rows without loss."""
@@ -44,85 +55,72 @@ class LossFirst(PerSample):
 
 
 class ImportanceSampling(Selection):
-    """Rows drawn with known probability and reweighted by its inverse: unbiased, where Top* is not.
+    """The rows of largest gradient, of those that were drawn where the backward pass began.
 
-    With w the score (saliency for `keep`, incoming gradient norm for `replay`) over its mean plus
-    `uniform`, a row is in with probability ``p = min(1, c w)``, c such that p sums to `fraction` of
-    the batch's valid tokens. Sampling is systematic: heavy rows are certain, light ones share the
-    rest.
-    The branch gradient of a drawn row is multiplied by 1/p.
+    For `replay` only. Rows are drawn once in a backward pass, at the first block that it reaches: a
+    row with a gradient of norm w is in with probability ``p = min(1, c w)``, c such that p sums to
+    `oversampling` times the rows to be replayed. The gradient of a drawn row is multiplied by 1/p,
+    that of the others set to zero: what the blocks are given is the dense gradient on average, and
+    is the dense gradient where no more rows have one. Each block then replays the rows with the
+    largest gradients, without weights.
+
+    Weights in every block, as drawing anew in each would need, multiply along the depth: after 30
+    blocks the gradient is noise. A choice of the largest gradients alone leaves the same tokens out
+    in every step, those that the model predicts well, and does not learn to keep them.
 
     Args:
-        fraction: Share of the batch's valid tokens to draw, in (0, 1].
-        uniform: Floor of the weights, in units of their mean; bounds 1/p for rows of no weight.
+        fraction: Share of the batch's valid tokens to replay in each block, in (0, 1].
+        oversampling: Rows drawn for each row replayed, at least 1. More is less noise, by smaller
+            weights, and more of a bias to large gradients.
     """
 
-    random = True
-    fixed = True
+    draws = True
 
-    def __init__(self, fraction: float, uniform: float = 0.1) -> None:
+    def __init__(self, fraction: float, oversampling: float = 1.5) -> None:
         self.fraction = checked_fraction("fraction", fraction)
-        if not uniform > 0:
-            raise ValueError(f"uniform must be positive, got {uniform}: rows of no weight need it")
-        self.uniform = float(uniform)
+        if not oversampling >= 1:
+            raise ValueError(
+                f"oversampling must be at least 1, got {oversampling}: rows that were not drawn "
+                "have no gradient to replay"
+            )
+        self.oversampling = float(oversampling)
 
-    def keep(self, scores: Tensor, valid: Tensor, priority: Tensor, noise: Tensor) -> Chosen:
-        """See :func:`Selection.keep`; the budget is the batch's, not each sample's.
-
-        Rows of a priority are certain, so far as they leave half of the budget to be drawn: else
-        the other rows would never be in, or with a weight beyond all bounds.
-        """
-        budget = (valid.sum().double() * self.fraction - 5e-7).ceil()
-        certain = torch.zeros_like(valid)
-        for rows in (priority >= 2, priority > 0):
-            certain = torch.where(rows.sum() <= budget / 2, rows, certain)
-        mean = scores.sum() / valid.sum().clamp(min=1)
-        weights = scores / mean.clamp(min=1e-300) + self.uniform
-        weights = weights.masked_fill(~valid | certain, 0.0)
-        probability = _inclusion(weights.flatten(), budget - certain.sum()).view_as(weights)
-        probability = torch.where(certain, 1.0, probability)
-        return _draw(probability, noise, budget)
+    def draw(self, norms: Tensor, count: int, noise: Tensor) -> Tensor:
+        """See :func:`Selection.draw`."""
+        # filled on the device: a copy to it would be waited for
+        budget = norms.new_full((), math.ceil(self.oversampling * count))
+        return _drawn(_inclusion(norms.where(norms.isfinite(), 1e30), budget), noise, budget)
 
     def replay(self, norms: Tensor, saliency: Tensor | None, valid: int, noise: Tensor) -> Chosen:
         """See :func:`Selection.replay`."""
-        finite = norms.isfinite()
-        own = norms.where(finite, 0.0)
-        weights = own / own.mean().clamp(min=1e-300) + self.uniform
-        # filled on the device: a copy to it would be waited for
-        budget = own.new_full((), share(self.fraction, valid))
-        return _draw(_inclusion(weights.where(finite, 1e30), budget), noise, budget)
+        return Chosen(top(norms, share(self.fraction, valid)))
 
     def replay_count(self, kept: int, valid: int) -> int:
         """See :func:`Selection.replay_count`."""
         return min(kept, share(self.fraction, valid))
 
-    def at(self, fraction: float) -> ImportanceSampling:
-        """See :func:`Selection.at`."""
-        return ImportanceSampling(fraction, self.uniform)
 
-
-def _draw(probability: Tensor, noise: Tensor, budget: Tensor) -> Chosen:
-    """Systematic sampling: exactly `budget` rows, or all of those that have a probability.
+def _drawn(probability: Tensor, noise: Tensor, budget: Tensor) -> Tensor:
+    """Weights by systematic sampling: 1/p of exactly `budget` rows, or of all with a probability.
 
     Points at distance 1 along the summed probabilities choose the rows they fall on. Certain rows
     come first, where sums are exact; of the others none is long enough for two points.
 
     Args:
-        probability: Any shape, summing to `budget`, or all ones and zeros where that is more.
-        noise: The shape of `probability`; its first number is used.
+        probability: ``[N]``, summing to `budget`, or all ones and zeros where that is more.
+        noise: ``[N]``; its first number is used.
         budget: Whole number, on the device.
     """
-    flat = torch.where(probability >= 1 - 1e-9, 1.0, probability).flatten()
-    order = ((flat > 0).long() + (flat < 1).long() * (flat > 0)).argsort(stable=True)
-    ends = running_sum(flat[order])
-    point = torch.arange(len(flat), device=flat.device)
+    p = torch.where(probability >= 1 - 1e-9, 1.0, probability)
+    order = ((p > 0).long() + (p < 1).long() * (p > 0)).argsort(stable=True)
+    ends = running_sum(p[order])
+    point = torch.arange(len(p), device=p.device)
     # rounding may leave the last point behind the last end
-    at = torch.searchsorted(ends, point + noise.flatten()[:1], right=True).clamp(max=len(flat) - 1)
+    at = torch.searchsorted(ends, point + noise[:1], right=True).clamp(max=len(p) - 1)
     # points beyond the budget choose a row behind the last
-    rows = torch.where(point < budget, order[at], len(flat))
-    chosen = flat.new_zeros(len(flat) + 1, dtype=torch.bool).index_fill(0, rows, True)[:-1]
-    chosen = (chosen & (flat > 0)).view_as(probability)
-    return Chosen(chosen, flat.view_as(probability))
+    rows = torch.where(point < budget, order[at], len(p))
+    chosen = p.new_zeros(len(p) + 1, dtype=torch.bool).index_fill(0, rows, True)[:-1]
+    return torch.where(chosen & (p > 0), 1 / p.clamp(min=1e-300), 0.0)
 
 
 def _inclusion(weights: Tensor, budget: Tensor) -> Tensor:

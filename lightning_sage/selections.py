@@ -15,12 +15,9 @@ class Chosen(NamedTuple):
 
     Attributes:
         rows: bool, the shape of the scores; True where the row is chosen.
-        probability: the shape of the scores, in (0, 1], the inclusion probability of every row, or
-            None where the choice was not random and nothing has to be reweighted.
     """
 
     rows: Tensor
-    probability: Tensor | None = None
 
 
 def checked_fraction(name: str, value: float) -> float:
@@ -39,7 +36,8 @@ class Selection:
 
     Attributes:
         needs_scores: Whether `keep` looks at the saliency.
-        random: Whether it looks at the noise.
+        random: Whether `keep` or `replay` looks at the noise.
+        draws: Whether :func:`Selection.draw` thins out the gradient where a backward pass begins.
         draws_loss_rows: Whether it does so for loss-bearing rows alone. Where nothing tells which
             they are (no labels, `queries="all"`, a vision tower, an encoder in front of a decoder),
             the noise that it is given are the scores.
@@ -54,6 +52,7 @@ class Selection:
 
     needs_scores = True
     random = False
+    draws = False
     draws_loss_rows = False
     saliency_in_replay = False
     fixed = False
@@ -75,9 +74,26 @@ class Selection:
             valid: ``[B, T]`` bool, False on padding; never chosen there.
             priority: ``[B, T]`` int64, see :func:`SagePolicy.priority`: rows of 2 and 3 are always
                 in, rows of 1 and 3 bear loss.
-            noise: ``[B, T]`` float64, uniform in [0, 1).
+            noise: ``[B, T]`` float64, uniform in [0, 1); the same in all blocks of a forward, so
+                that a choice by noise alone is made once.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be used as keep")
+
+    def probability(self, rows: Tensor, priority: Tensor) -> Tensor | None:
+        """With which probability `keep` chose each row, where what it left out is to be made up for.
+
+        Where a backward pass begins, the gradient of a kept row is multiplied by 1/p, and that of
+        the other rows of a sample in which any p is below 1 is set to zero. Asked for where
+        something tells which rows bear loss.
+
+        Args:
+            rows: ``[B, T]`` bool, the chosen rows.
+            priority: As for `keep`.
+
+        Returns:
+            ``[B, T]`` float64 in (0, 1], or None: nothing is weighted.
+        """
+        return None
 
     def key(self, scores: Tensor, priority: Tensor, noise: Tensor) -> Tensor:
         """``[B, T]`` in [0, 1], by what `keep` ranks rows of one priority; arguments as there."""
@@ -94,6 +110,22 @@ class Selection:
             noise: ``[N]`` float64, uniform in [0, 1).
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be used as replay")
+
+    def draw(self, norms: Tensor, count: int, noise: Tensor) -> Tensor:
+        """Weights for the gradient of kept rows; asked for once, where a backward pass begins.
+
+        Weights in every block would multiply with the depth of the model; :func:`Selection.replay`
+        has none.
+
+        Args:
+            norms: As for :func:`Selection.replay`.
+            count: Rows that are to be replayed in each block.
+            noise: ``[N]`` float64, uniform in [0, 1).
+
+        Returns:
+            ``[N]`` float64, of mean 1 for every row, 1 where the norm is infinite.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not draw")
 
     def replay_count(self, kept: int, valid: int) -> int | None:
         """How many of `kept` rows :func:`Selection.replay` chooses; None where that depends."""

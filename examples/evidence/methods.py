@@ -15,6 +15,12 @@ def bare(keep: Selection, **changes: str) -> SagePolicy:
 
 _ALL = AllTokens()
 
+
+def drawn(fraction: float, oversampling: float = 1.5, keep: Selection = _ALL) -> SagePolicy:
+    """Rows of large gradient, of those drawn once."""
+    return SagePolicy(keep=keep, replay=ImportanceSampling(fraction, oversampling))
+
+
 # None trains every token: densely, or with every block recomputed
 METHODS: dict[str, SagePolicy | None] = {
     "dense": None,
@@ -24,30 +30,20 @@ METHODS: dict[str, SagePolicy | None] = {
     **{f"paper {f}": bare(TopFraction(f)) for f in (0.25, 0.125)},
     **{f"keep {f}": SagePolicy(keep=f, replay=None) for f in (0.5, 0.25, 0.125, 0.0625)},
     **{f"loss first {f}": SagePolicy(keep=LossFirst(f), replay=None) for f in (0.25, 0.125)},
-    **{
-        f"sampled replay {f}": SagePolicy(keep=_ALL, replay=ImportanceSampling(f))
-        for f in (0.5, 0.25, 0.125)
-    },
-    "sampled replay 0.5 salient": SagePolicy(
-        keep=_ALL, replay=ImportanceSampling(0.5), attention="salient"
-    ),
-    "sampled replay 0.5 int8": SagePolicy(
-        keep=_ALL, replay=ImportanceSampling(0.5), cache_dtype="int8"
-    ),
-    "mass 0.8 sampled 0.5": SagePolicy(keep=TopMass(0.8), replay=ImportanceSampling(0.5)),
-    **{f"replay {f}": SagePolicy(keep=_ALL, replay=f) for f in (0.25, 0.125)},
-    "balanced not drawn": SagePolicy(keep=TopMass(0.85), replay=0.25, cache_dtype="int8"),
-    **{
-        f"sampled keep {f}": SagePolicy(keep=ImportanceSampling(f), replay=None)
-        for f in (0.25, 0.125)
-    },
+    **{f"replay {f}": SagePolicy(keep=_ALL, replay=f) for f in (0.5, 0.25, 0.125)},
+    **{f"drawn {f}": drawn(f) for f in (0.5, 0.25, 0.125)},
+    "drawn 0.25, exactly as many": drawn(0.25, oversampling=1.0),
+    "drawn 0.25, twice as many": drawn(0.25, oversampling=2.0),
+    "mass 0.85": SagePolicy(keep=TopMass(0.85), replay=None),
+    "mass 0.85, drawn 0.25": drawn(0.25, keep=TopMass(0.85)),
+    "balanced not drawn": replace(SagePolicy.preset("balanced"), replay=0.25),
     "paper skip": bare(TopMass(0.8), unselected="skip"),
 }
 
 # tuned each by itself, with all seeds
 HEADLINE = (
-    *("dense", "balanced", "paper", "memory", "speed", "random 0.25", "keep 0.25", "keep 0.125"),
-    "sampled replay 0.5",
+    *("dense", "balanced", "paper", "memory", "speed", "random 0.25", "replay 0.25", "replay 0.5"),
+    *("keep 0.25", "keep 0.125", "drawn 0.5"),
 )
 
 # with fewer seeds, at the learning rate that was found for another one
@@ -61,14 +57,19 @@ LADDER = {
     "keep 0.0625": "keep 0.25",
     "loss first 0.25": "memory",
     "loss first 0.125": "memory",
-    "replay 0.25": "keep 0.25",
-    "replay 0.125": "keep 0.25",
+    "replay 0.125": "replay 0.25",
+    "mass 0.85": "paper",
+    "mass 0.85, drawn 0.25": "balanced",
     "balanced not drawn": "balanced",
-    "mass 0.8 sampled 0.5": "sampled replay 0.5",
-    "sampled replay 0.5 salient": "sampled replay 0.5",
-    "sampled replay 0.5 int8": "sampled replay 0.5",
-    "sampled replay 0.25": "sampled replay 0.5",
-    "sampled replay 0.125": "sampled replay 0.5",
-    "sampled keep 0.25": "sampled replay 0.5",
-    "sampled keep 0.125": "sampled replay 0.5",
+    "drawn 0.25": "drawn 0.5",
+    "drawn 0.25, exactly as many": "drawn 0.5",
+    "drawn 0.25, twice as many": "drawn 0.5",
+    "drawn 0.125": "drawn 0.5",
 }
+
+# whose gradients are looked at on the model of 30 layers
+DEPTH = (
+    *("balanced", "speed", "memory", "paper", "random 0.25", "keep 0.25", "keep 0.5"),
+    *("replay 0.25", "replay 0.5", "drawn 0.25", "drawn 0.5", "drawn 0.25, exactly as many"),
+    *("drawn 0.25, twice as many", "mass 0.85", "mass 0.85, drawn 0.25"),
+)

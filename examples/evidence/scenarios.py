@@ -1,4 +1,7 @@
-"""What is trained: six fine-tunings of real data, alike in all but the method."""
+"""What is trained: fine-tunings of real data, alike in all but the method.
+
+Those of SmolLM2, a trained language model of 30 layers, decide; the small ones are a first look.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from digits import Digits, ImageClassifier
 from docstrings import CLASSES, Docstrings
 from lightning import LightningDataModule
 from sources import LongFunctions, PackageWindows
+from texts import FunctionTexts, PackageNames, Task
 
 from lightning_sage.corpus import StdlibFunctions
 from lightning_sage.data import Loading
@@ -80,9 +84,97 @@ def _docstrings() -> Docstrings:
     return Docstrings(val_per_class=40, directory=str(bases.RUNS), loading=loading)
 
 
+def _of_functions(task: Task, batch_size: int = 4, max_tokens: int = 192) -> Callable[[], Any]:
+    def make() -> FunctionTexts:
+        loading = Loading(bases.smollm2(), batch_size, max_tokens)
+        return FunctionTexts(task, directory=str(bases.RUNS), loading=loading)
+
+    return make
+
+
+def _package_names() -> PackageNames:
+    return PackageNames(directory=str(bases.RUNS), loading=Loading(bases.smollm2(), 4, 192))
+
+
+def _windows() -> PackageWindows:
+    return PackageWindows("sympy", Loading(bases.smollm2(), 4, 192))
+
+
+_FULL_LRS = (2e-5, 5e-5, 1e-4)
+
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
+        Scenario(
+            name="smol-label",
+            title="The package of a docstring, to be written; SmolLM2, LoRA r=16, 4 x 192 tokens",
+            judged="val_loss",
+            steps=150,
+            lrs=(2.5e-4, 5e-4, 1e-3),
+            module=_module(CausalLM, bases.smollm2, None, _ADAPTERS),
+            data=_package_names,
+            val_batches=32,
+        ),
+        Scenario(
+            name="smol-short",
+            title="From source to a line that says what it does; SmolLM2, LoRA r=16, 4 x 192 tokens",
+            judged="val_loss",
+            steps=150,
+            lrs=(2.5e-4, 5e-4, 1e-3),
+            module=_module(CausalLM, bases.smollm2, None, _ADAPTERS),
+            data=_of_functions("summary"),
+            val_batches=24,
+        ),
+        Scenario(
+            name="smol-third",
+            title="From docstring to body, a third of the rows; SmolLM2, LoRA r=16, 4 x 192 tokens",
+            judged="val_loss",
+            steps=150,
+            lrs=(2.5e-4, 5e-4, 1e-3),
+            module=_module(CausalLM, bases.smollm2, None, _ADAPTERS),
+            data=_of_functions("body"),
+            val_batches=16,
+        ),
+        Scenario(
+            name="smol-every",
+            title="SymPy's sources, loss on every token; SmolLM2, LoRA r=16, 4 x 192 tokens",
+            judged="val_loss",
+            steps=60,
+            lrs=(2.5e-4, 5e-4, 1e-3),
+            module=_module(CausalLM, bases.smollm2, None, _ADAPTERS),
+            data=_windows,
+            val_batches=16,
+        ),
+        Scenario(
+            name="smol-long",
+            title="A function's body behind 2,048 tokens of its file; SmolLM2, LoRA r=16, batch 1",
+            judged="val_loss",
+            steps=60,
+            lrs=(2.5e-4, 5e-4, 1e-3),
+            module=_module(CausalLM, bases.smollm2, None, _ADAPTERS),
+            data=_of_functions("long", 1, 2048),
+            val_batches=16,
+        ),
+        Scenario(
+            name="smol-short-full",
+            title="From source to a line that says what it does; SmolLM2, full, 4 x 192 tokens",
+            judged="val_loss",
+            steps=150,
+            lrs=_FULL_LRS,
+            module=_module(CausalLM, bases.smollm2),
+            data=_of_functions("summary"),
+            val_batches=24,
+        ),
+        Scenario(
+            name="smol-every-full",
+            title="SymPy's sources, loss on every token; SmolLM2, full, 4 x 192 tokens",
+            judged="val_loss",
+            steps=60,
+            lrs=_FULL_LRS,
+            module=_module(CausalLM, bases.smollm2),
+            data=_windows,
+            val_batches=16,
+        ),
         Scenario(
             name="classify-lora",
             title="Which package is a docstring from? MiniLM, LoRA r=16, 8 x 128 tokens",

@@ -107,6 +107,7 @@ def _row(record: Record, records: Sequence[Record]) -> dict[str, str]:
     cells["loss"] = _shown(record, "loss", ".4f")
     cosine = _shown(record, "fidelity_cosine", ".3f")
     cells["gradient cosine"] = "exact" if done and record["name"] in _BASELINES.values() else cosine
+    cells["its norm"] = _shown(record, "fidelity_norm_ratio", ".2f")
     for name in ("kept", "replayed"):
         cells[name] = _shown(record, f"{name}_fraction", ".0%")
     return cells

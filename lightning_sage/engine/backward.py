@@ -15,7 +15,7 @@ from lightning_sage.engine.cache import SparseCache
 from lightning_sage.engine.job import Job
 from lightning_sage.engine.keys import KeyRows, UpToAttention, key_rows
 from lightning_sage.engine.replay import Replayer
-from lightning_sage.engine.session import REPLAY_STREAM
+from lightning_sage.engine.session import DRAW_STREAM, REPLAY_STREAM
 from lightning_sage.engine.wrapped import hooks_off
 from lightning_sage.errors import ReplayError
 from lightning_sage.ops import Rows
@@ -28,58 +28,92 @@ class _Part(NamedTuple):
     Attributes:
         rows: The rows.
         picked: Which of the kept rows they are; None for all.
-        weights: Of their gradient, ``[R]``, or None.
         others: Kept rows whose keys and values learn from these; None where they do not.
     """
 
     rows: Rows
     picked: Tensor | None
-    weights: Tensor | None
     others: Tensor | None = None
+
+
+def _thinned(job: Job, cache: SparseCache, grad: Tensor) -> Tensor:
+    """The gradient that the block is given, of drawn rows only where the backward pass begins."""
+    replayer, kept, record = job.session.policy.replayer, len(cache.index), job.record
+    if not job.chain.enter() or not kept:
+        return grad
+    assert record is not None
+    drawn = None
+    if cache.probability is not None:
+        drawn = _by_token(grad, cache.index, 1 / cache.probability)
+        # what was left out is made up for by the rows that were drawn in its place
+        thinned = (drawn > 1).any(-1, keepdim=True)
+        drawn = drawn.masked_fill(thinned & ~record.kept, 0.0)
+        grad = _weighted(grad, drawn)
+    if replayer is not None and replayer.draws:
+        count = replayer.replay_count(kept, job.valid_count)
+        if job.budget is not None or count is None:
+            count = kept if job.budget is None else job.budget.rows
+        noise = ops.uniform(int(job.seed), DRAW_STREAM, cache.index)
+        weights = replayer.draw(_norms(cache, grad), count, noise)
+        weights = _by_token(grad, cache.index, weights)
+        grad = _weighted(grad, weights)
+        drawn = weights if drawn is None else drawn * weights
+    record.drawn = drawn
+    return grad
+
+
+def _by_token(grad: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """``[B, T]`` float64: `values` at some rows, 1 at the others."""
+    spread = torch.ones(grad.shape[:2], dtype=torch.float64, device=grad.device)
+    spread.view(-1).index_copy_(0, rows, values)
+    return spread
+
+
+def _weighted(grad: Tensor, weights: Tensor) -> Tensor:
+    return (grad * weights.to(ops.wide(grad.dtype))[..., None]).to(grad.dtype)
+
+
+def _norms(cache: SparseCache, grad: Tensor) -> Tensor:
+    """Of the gradient of kept rows, ``[N]`` float64."""
+    norms = ops.row_norms(grad, cache.index).double()
+    # rows whose gradient is not finite come first, so that a NaN surfaces as in a dense step
+    return norms.where(norms.isfinite(), float("inf"))
 
 
 def _chosen_rows(job: Job, cache: SparseCache, grad: Tensor) -> _Part:
     """Rows to replay."""
-    index, probability, agreement = cache.index, cache.probability, job.session.agreement
+    index, agreement = cache.index, job.session.agreement
     picked, wanted = None, job.wanted
     if job.session.policy.replayer is not None:
-        picked, p, wanted = _picked(job, job.session.policy.replayer, cache, grad)
-        if p is not None:
-            probability = p if probability is None else p * probability
+        picked, wanted = _picked(job, job.session.policy.replayer, cache, grad)
         if picked is not None:
             index = index.index_select(0, picked)
-            probability = None if probability is None else probability.index_select(0, picked)
     if agreement is not None:
         agreement.note(wanted, job.valid_count)
-    weights = None if probability is None else 1 / probability
     record = job.record
     assert record is not None
-    record.rows, record.factors, record.seed = index, weights, job.seed.value
-    if weights is not None:
-        weights = weights.to(ops.wide(grad.dtype))
+    record.rows, record.seed = index, job.seed.value
     others = record.keys = None
     if picked is not None and job.makes_keys and 0 < len(picked) < len(cache.index):
         left = torch.ones(len(cache.index), dtype=torch.bool, device=picked.device)
         left.index_fill_(0, picked, False)
         others = ops.picked(left, len(cache.index) - len(picked))
         record.keys = cache.index.index_select(0, others)
-    return _Part(Rows(index, job.B, job.T), picked, weights, others)
+    return _Part(Rows(index, job.B, job.T), picked, others)
 
 
 def _picked(
     job: Job, replayer: Selection, cache: SparseCache, grad: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | int]:
-    """Which kept rows are replayed (None: all), their probabilities, how many without a budget."""
+) -> tuple[Tensor | None, Tensor | int]:
+    """Which kept rows are replayed (None: all), and how many would be without a budget."""
     kept, valid, budget = len(cache.index), job.valid_count, job.budget
     wanted: Tensor | int | None = replayer.replay_count(kept, valid)
     count = wanted if budget is None else min(budget.rows, kept)
     known = wanted is not None or job.session.agreement is None
     if count == kept and known:
-        return None, None, least(kept if wanted is None else wanted, job.wanted)
-    norms = ops.row_norms(grad, cache.index).double()
+        return None, least(kept if wanted is None else wanted, job.wanted)
+    norms = _norms(cache, grad)
     noise = ops.uniform(int(job.seed), REPLAY_STREAM, cache.index) if replayer.random else norms
-    # rows whose gradient is not finite come first, so that a NaN surfaces as in a dense step
-    norms = norms.where(norms.isfinite(), float("inf"))
     given = norms, cache.saliency, valid, noise
     # with a budget what it would choose by itself is only asked for where that is to be counted
     own = replayer.replay(*given) if budget is None or wanted is None else None
@@ -88,12 +122,12 @@ def _picked(
         wanted = own.rows.sum()
     wanted = least(wanted, job.wanted)
     if count == kept:
-        return None, None, wanted
+        return None, wanted
     if budget is not None:
         own = fit_replayed(replayer, own, budget, given)
     assert own is not None
     assert count is None or isinstance(count, int)
-    return ops.picked(own.rows, count), own.probability, wanted
+    return ops.picked(own.rows, count), wanted
 
 
 def _parts(job: Job, whole: _Part) -> Iterator[_Part]:
@@ -102,7 +136,7 @@ def _parts(job: Job, whole: _Part) -> Iterator[_Part]:
     A part has no more rows than a sample has tokens, or is one sample: its pairs are no more than
     those that a dense pass holds of one sample.
     """
-    rows, picked, weights, _ = whole
+    rows, picked, _ = whole
     if not job.learned.pairs or job.wrapped.nested or len(rows) <= job.T:
         yield whole
         return
@@ -114,7 +148,6 @@ def _parts(job: Job, whole: _Part) -> Iterator[_Part]:
             yield _Part(
                 Rows(rows.index[part], rows.B, rows.T),
                 some if picked is None else picked[part],
-                None if weights is None else weights[part],
             )
             start = stop
         stop += count
@@ -138,6 +171,8 @@ def replay(
     """
     grad, targets = grads[0], job.trained()
     _look_at_padding(job, grad)
+    grad = _thinned(job, cache, grad)
+    grads = (grad, *grads[1:])
     whole = _chosen_rows(job, cache, grad)
     for i in job.extra:
         leaves[i] = leaves[i].detach().requires_grad_()
@@ -163,8 +198,7 @@ def replay(
     if not through:
         return [grad, *rest]
     rows = torch.cat(through) if len(through) > 1 else through[0]
-    # what comes in through the residual path is not weighted
-    into = ops.scatter_rows(rows, whole.rows.index, grad, whole.weights)
+    into = ops.scatter_rows(rows, whole.rows.index, grad)
     if as_keys is not None:
         assert job.record is not None
         assert job.record.keys is not None
@@ -219,7 +253,7 @@ def _replayed(
         states: Hidden states of the rows, ``[R, C]``, and of those that are keys alone.
         inputs: What the gradients are of.
     """
-    (rows, picked, weights, others), (hidden, keys) = part, states
+    (rows, picked, others), (hidden, keys) = part, states
     handler = Replayer(job.seed, rows, cache.attention, picked)
     handler.counter = job.counter(rows)
     with torch.enable_grad(), job.modes.restored(job.parameters):
@@ -231,15 +265,15 @@ def _replayed(
             out = job.run(handler, *job.packed_call(rows, hidden, leaves))
         job.forget_output()
         _refuse_another(job, cache, handler)
-        outputs, weighted = [out], [ops.gather_rows(grads[0], rows.index, weights)[None]]
+        outputs, of_rows = [out], [ops.gather_rows(grads[0], rows.index)[None]]
         for x, grad in zip(sides, grads[1:], strict=True):
             if not x.requires_grad:
                 continue
             by_token = grad.reshape(job.B, job.T, *grad.shape[-1:])
             outputs.append(x.flatten(0, -2))
-            weighted.append(ops.gather_rows(by_token, rows.index, weights))
+            of_rows.append(ops.gather_rows(by_token, rows.index))
         return _gradients(
-            job, outputs, inputs, [g.to(x.dtype) for g, x in zip(weighted, outputs, strict=True)]
+            job, outputs, inputs, [g.to(x.dtype) for g, x in zip(of_rows, outputs, strict=True)]
         )
 
 

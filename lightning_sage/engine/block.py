@@ -166,8 +166,8 @@ def _keep_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
     replayer = policy.replayer
     # as keys alone, salient rows learn without being replayed: then the gradient alone decides
     ranks = replayer is not None and replayer.saliency_in_replay and not job.makes_keys
-    choice = session.choose(facts, recorder.seen, job.seed, ranks)
-    kept, rows, scores, job.wanted, job.budget = choice
+    choice = session.choose(facts, recorder.seen, job.chain.seed, ranks)
+    kept, rows, scores, probability, job.wanted, job.budget = choice
     if wrapped.nested and not len(rows):
         raise ReplayError(
             "it has no token to replay, and parts of it are sharded by themselves, for which the "
@@ -180,8 +180,8 @@ def _keep_rows(job: Job, hidden: Tensor) -> tuple[Tensor, SparseCache]:
     )
     if scores is not None and ranks:
         cache.saliency = scores.flatten()[rows.index]
-    if kept.probability is not None:
-        cache.probability = kept.probability.flatten()[rows.index]
+    if probability is not None:
+        cache.probability = probability.flatten()[rows.index]
     if wrapped.chooses:
         session.skip_rows = kept.rows, rows
     _record(job, facts, kept.rows, cache)

@@ -24,7 +24,7 @@ class SparseCache:
         hidden: ``[N, C]``, the block's input at these rows.
         attention: What each attention call leaves; masks are shared by the blocks.
         saliency: ``[N]`` float64 where `replay` looks at it.
-        probability: ``[N]`` float64, inclusion probability, where rows were drawn.
+        probability: ``[N]`` float64, of a row's being kept, where that was drawn.
     """
 
     index: Tensor

@@ -19,6 +19,7 @@ class Choice(NamedTuple):
         kept: The rows, ``[B, T]``.
         rows: The same, packed.
         scores: The saliency, ``[B, T]``, where the policy uses one.
+        probability: Of a row's being kept, ``[B, T]``, where that was drawn.
         wanted: How many rows the policy would have kept by itself.
         budget: What ranks agreed on, if anything.
     """
@@ -26,6 +27,7 @@ class Choice(NamedTuple):
     kept: Chosen
     rows: Rows
     scores: Tensor | None
+    probability: Tensor | None
     wanted: Tensor | int
     budget: Budget | None
 

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from lightning_sage.balance import Budget
 from lightning_sage.buffers import random_state_kept
 from lightning_sage.engine.arguments import Arguments
+from lightning_sage.engine.chain import chain_of
 from lightning_sage.engine.drops import Seed
 from lightning_sage.engine.intercept import Handler, Tap
 from lightning_sage.engine.modes import Modes, attributes_kept
@@ -76,6 +77,7 @@ class Job:
         hidden = arguments.leaves[arguments.hidden]
         self.B, self.T, self.C = hidden.shape
         self.dtype = hidden.dtype
+        self.chain = chain_of(hidden, self.seed)
         self.extra, self.shared = arguments.differentiable(), arguments.shared()
         self.modes = Modes(parts.modules)
         self.parameters = parts.trainable()

@@ -31,7 +31,7 @@ from lightning_sage.selections import Chosen
 # calls blocks where nobody does
 _NOBODY = nn.Identity()
 # draws of one seed that must not be the same numbers
-KEEP_STREAM, REPLAY_STREAM = -1, -2
+KEEP_STREAM, REPLAY_STREAM, DRAW_STREAM = -1, -2, -3
 
 
 class Session:
@@ -232,7 +232,14 @@ class Session:
         return None if self.agreement is None else self.agreement.budget(facts.count)
 
     def choose(self, facts: Facts, seen: list[Seen | Written], seed: Seed, ranks: bool) -> Choice:
-        """Rows to keep; their saliency too where the replay ranks by it."""
+        """Rows to keep; their saliency too where the replay ranks by it.
+
+        Args:
+            facts: Of the batch.
+            seen: The block's attention calls.
+            seed: Of what is drawn once for the block's chain.
+            ranks: Whether the replay looks at the saliency.
+        """
         keeper, replays_all = self.policy.keeper, self.policy.replay is None
         own = [one for one in seen if not one.crosses]
         # tokens are not mixed by a block without attention: those of the one before count there too
@@ -250,7 +257,7 @@ class Session:
             elif scores is None and keeper.needs_scores:
                 # in front of all attention nothing tells tokens apart
                 every = ops.rows_of(valid, facts.count)
-                return Choice(Chosen(valid), every, None, facts.count, self.budget(facts))
+                return Choice(Chosen(valid), every, None, None, facts.count, self.budget(facts))
         if own:
             facts.latest = causal, scores
         noise = judged.noise
@@ -271,4 +278,5 @@ class Session:
             elif chosen is not alone and count is not None:
                 count = max(count, budget.rows)
         wanted = alone.rows.sum() if judged.count is None else judged.count
-        return Choice(chosen, ops.rows_of(chosen.rows, count), scores, wanted, budget)
+        p = keeper.probability(chosen.rows, judged.priority) if judged.told else None
+        return Choice(chosen, ops.rows_of(chosen.rows, count), scores, p, wanted, budget)

@@ -160,7 +160,8 @@ class Rehearsal:
             count = int(chosen.rows.sum())
             if self.kept is not None:
                 count = valid.shape[0] * share(self.kept, valid.shape[1])
-            self.counts[name, causal] = count, chosen.probability is not None
+            drawn = loss_rows is not valid and policy.keeper.probability(chosen.rows, priority)
+            self.counts[name, causal] = count, isinstance(drawn, Tensor)
         return self.counts[name, causal]
 
     def replayed(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
@@ -21,13 +21,19 @@ from torch import Tensor
 from lightning_sage.install import Installation
 from lightning_sage.memory import free_unused, tensors_in
 from lightning_sage.metrics import GradientFidelity
-from lightning_sage.policy import SagePolicy
+from lightning_sage.policy import SagePolicy, named
 from lightning_sage.records import BlockRecord
 from lightning_sage.sampling import ImportanceSampling
 from lightning_sage.support import is_tested
 from lightning_sage.watch.dial import Dial, FidelityControl, setting
 from lightning_sage.watch.memory_budget import MemoryBudget
 from lightning_sage.watch.probe import Gradients, block_gradients, undisturbed
+
+# optimizer steps before the look of a fit that has asked for none: adapters begin at zero, where
+# half of them have no gradient
+FIRST_STEPS = 10
+# of a sparse gradient's norm over the dense one: beyond, it is not the gradient of this loss
+NORMS = (0.5, 1.5)
 
 
 @dataclass(frozen=True)
@@ -135,8 +141,10 @@ class FidelityMonitor:
     sample of each is looked at.)
 
     Args:
-        every: Optimizer steps between two looks.
-        floor: A cosine below it is warned of, once until it has been above again.
+        every: Optimizer steps between two looks; None looks once, after :data:`FIRST_STEPS`, and
+            only says in the log why it cannot.
+        floor: A cosine below it is warned of, once until it has been above again, and so is a norm
+            out of :data:`NORMS`.
         control: What moves the policy by what is seen, if anything.
 
     Attributes:
@@ -144,7 +152,7 @@ class FidelityMonitor:
         budget: What limits the policy, if anything.
     """
 
-    def __init__(self, every: int, floor: float, control: FidelityControl | None = None) -> None:
+    def __init__(self, every: int | None, floor: float, control: FidelityControl | None = None) -> None:
         self.every, self.floor, self.control = every, floor, control
         self.working, self._low, self._at_its_end = True, False, False
         self.budget: MemoryBudget | None = None
@@ -158,7 +166,11 @@ class FidelityMonitor:
             step: Its number.
             ready: Whether it is a step like others; if not, a later one is looked at.
         """
-        if step % self.every == 0 and step != self._due_at:
+        if self.every is None:
+            begins = self._due_at < 0 and step >= FIRST_STEPS
+        else:
+            begins = step % self.every == 0 and step != self._due_at
+        if begins:
             self._due_at, self._due = step, True
         due = self._due and ready
         self._due = self._due and not ready
@@ -182,7 +194,7 @@ class FidelityMonitor:
             return None
         if self.control is not None:
             self._steer(step, dense, values["cosine"])
-        self._warn(step, values["cosine"], records)
+        self._warn(step, values, records)
         return Reading(values, step.samples() if dense else 0)
 
     def _passes(self, step: Step) -> tuple[Step, Gradients, Gradients, list[BlockRecord]]:
@@ -220,12 +232,13 @@ class FidelityMonitor:
         except Exception as error:
             self.working = False
             small = isinstance(error, torch.OutOfMemoryError)
-            text = "no part of the batch fits in memory" if small else str(error)
-            warnings.warn(
-                f"gradient fidelity is not measured any more ({type(error).__name__}: {text}); "
-                "training goes on",
-                stacklevel=2,
-            )
+            reason = "no part of the batch fits in memory" if small else str(error)
+            text = f"({type(error).__name__}: {reason}); training goes on"
+            if self.every is None:
+                # nobody asked for it
+                rank_zero_info(f"SAGE: how true the gradient is was not measured {text}")
+            else:
+                warnings.warn(f"gradient fidelity is not measured any more {text}", stacklevel=2)
 
     def _steer(self, step: Step, dense: Gradients | None, cosine: float) -> None:
         control = self.control
@@ -247,18 +260,30 @@ class FidelityMonitor:
                 f"with all that can be moved at its upper bound, {step.installation.policy}"
             )
 
-    def _warn(self, step: Step, cosine: float, records: list[BlockRecord]) -> None:
-        low = cosine < self.floor
-        if low and not self._low and self.control is None:
+    def _warn(self, step: Step, values: dict[str, float], records: list[BlockRecord]) -> None:
+        cosine, norm = values["cosine"], values["norm_ratio"]
+        least, most = NORMS
+        found = []
+        if cosine < self.floor:
+            found.append(
+                f"the gradient's cosine with the dense one is {cosine:.3f}, below "
+                f"fidelity_floor={self.floor}"
+            )
+        if not least <= norm <= most:
+            found.append(
+                f"the gradient's norm is {norm:.3g} of the dense one, not {least} to {most}"
+            )
+        if found and not self._low and self.control is None:
+            policy = step.installation.policy
             if self.budget is not None and self.budget.rung != self.budget.rungs[0]:
                 way_out = f"memory_budget allows {self.budget.rung}, so raise it"
             else:
-                way_out = advice(step.installation.policy, records)
+                way_out = advice(policy, records)
             rank_zero_warn(
-                f"the gradient's cosine with the dense one is {cosine:.3f} at step "
-                f"{step.trainer.global_step}, below fidelity_floor={self.floor}: {way_out}"
+                f"at step {step.trainer.global_step} with {named(policy)} {' and '.join(found)}: "
+                f"{way_out}; fidelity_every_n_steps=0 does not look"
             )
-        self._low = low
+        self._low = bool(found)
 
 
 def _compared(step: Step, sparse: Gradients | None, dense: Gradients | None) -> dict[str, float]:
@@ -291,5 +316,5 @@ def advice(policy: SagePolicy, records: list[BlockRecord]) -> str:
         setattr(more, moved, round(getattr(more, moved), 2))
         text = f"raise {name}, now {selection!r} ({share:.0%} of the tokens), say to {more!r}"
     if isinstance(policy.replayer, ImportanceSampling) and name == "replay":
-        text += "; it is noise and no bias, as rows are drawn and reweighted"
+        text += "; a part of it is noise and no bias, as rows are drawn and weighted"
     return text

@@ -27,7 +27,7 @@ class Steering:
 
     Args:
         policy: What the fit starts from.
-        every: Optimizer steps between two looks at the gradient; 0 never looks.
+        every: Optimizer steps between two looks at the gradient; None looks once, early; 0 never.
         floor: A cosine below it is warned of.
         target: A cosine to hold by moving the policy; None leaves it.
         memory: A size, or a share of the device's memory, to fit into; None is no limit.
@@ -39,12 +39,12 @@ class Steering:
     def __init__(
         self,
         policy: SagePolicy,
-        every: int,
+        every: int | None,
         floor: float,
         target: float | None,
         memory: str | float | None,
     ) -> None:
-        if every < 0:
+        if every is not None and every < 0:
             raise ValueError(f"fidelity_every_n_steps must be a number of steps, got {every}")
         if not 0 <= floor <= 1:
             raise ValueError(f"fidelity_floor must be a cosine in [0, 1], got {floor}")
@@ -55,7 +55,7 @@ class Steering:
             )
         self._policy = policy
         self.control = None if target is None else FidelityControl(Dial(policy), target)
-        self.monitor = FidelityMonitor(every, floor, self.control) if every else None
+        self.monitor = None if every == 0 else FidelityMonitor(every, floor, self.control)
         self.budget = None if memory is None else MemoryBudget(memory, policy)
         if self.monitor is not None:
             self.monitor.budget = self.budget

@@ -30,7 +30,7 @@ class Watching:
 
     policy: SagePolicy
     log_every_n_steps: int | None = None
-    fidelity_every_n_steps: int = 0
+    fidelity_every_n_steps: int | None = None
     fidelity_floor: float = 0.7
     fidelity_target: float | None = None
     memory_budget: str | float | None = None
@@ -81,7 +81,7 @@ class Watch:
         self.summary: dict[str, float] = {}
         self._reporter: Reporter | None = None
         self._every, self._logged_step = 0, 0
-        self._cosines: list[float] = []
+        self._readings: list[dict[str, float]] = []
         self._first_cached_bytes, self._started = 0, 0.0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class Watch:
         silent = is_quiet(step.trainer) and self.steering.control is None
         reading = None if silent else self.steering.before_step(step)
         if reading is not None:
-            self._cosines.append(reading.values["cosine"])
+            self._readings.append(reading.values)
             if self._reporter is not None:
                 self._reporter.fidelity(reading)
         # a block that will not run has done nothing
@@ -179,8 +179,8 @@ class Watch:
             # with a budget the first step was a trial
             if self.steering.budget is None:
                 self.summary["ratio"] = self._first_cached_bytes / dense
-        if self._cosines:
-            self.summary["fidelity_cosine"] = fmean(self._cosines)
+        for name in ("cosine", "norm_ratio") if self._readings else ():
+            self.summary[f"fidelity_{name}"] = fmean(one[name] for one in self._readings)
         self.summary["seconds"] = readings.seconds
         if self._reporter is not None:
             self._reporter.end(self.summary)

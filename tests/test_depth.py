@@ -1,0 +1,141 @@
+"""What holds in a deep model: errors of a sparse backward pass do not multiply along its blocks."""
+
+import copy
+import functools
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from accuracy import assert_gradients_close, parameter_gradients
+from lightning_sage import (
+    AllTokens,
+    GradientMass,
+    ImportanceSampling,
+    LossFirst,
+    RandomTokens,
+    SagePolicy,
+    TopFraction,
+    TopMass,
+    install,
+)
+from lightning_sage.engine.chain import Chain
+from lightning_sage.policy import PRESETS
+
+B, T, C = 3, 32, 32
+DEPTHS = (16, 32, 64)
+# by how much the squared norm of the gradient grows from block to block, in SmolLM2-135M
+GROWTH = 0.2
+
+
+class Block(nn.Module):
+    """Pre-norm, with attention between tokens; its branches are scaled by `gain`."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
+        self.up, self.down = nn.Linear(C, 2 * C, bias=False), nn.Linear(2 * C, C, bias=False)
+        self.register_buffer("gain", torch.ones(()))
+
+    def forward(self, x):
+        q, k, v = self.qkv(F.rms_norm(x, (C,))).unflatten(-1, (3, 4, C // 4)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.gain * self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.gain * self.down(F.silu(self.up(F.rms_norm(x, (C,)))))
+
+
+class Deep(nn.Module):
+    def __init__(self, depth):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def batch_of(seed):
+    """Hidden states, and weights of a loss that is on every token, on some more than on others."""
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(B, T, C, generator=draw, dtype=torch.float64)
+    weight = torch.randn(B, T, C, generator=draw, dtype=torch.float64)
+    return x, weight * torch.randn(B, T, 1, generator=draw, dtype=torch.float64).exp()
+
+
+@functools.cache
+def deep(depth):
+    """A stack whose branches stay as large, beside the residual stream, as those of a trained one."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Deep(depth).double()
+        x, _ = batch_of(0)
+        with torch.no_grad():
+            for block in model.blocks:
+                for linear in (block.qkv, block.out, block.up, block.down):
+                    nn.init.normal_(linear.weight, std=linear.weight.shape[1] ** -0.5)
+                block.gain.fill_(0.3 * x.square().mean().sqrt())
+                x = block(x)
+    return model.train()
+
+
+def gradient(model, seed):
+    model.zero_grad(set_to_none=True)
+    x, weight = batch_of(seed)
+    (model(x) * weight).sum().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def ratios(depth, policy, draws=3):
+    """Norms of sparse gradients over those of dense ones."""
+    model = copy.deepcopy(deep(depth))
+    dense = [gradient(model, seed) for seed in range(draws)]
+    # every token has a label, the last but one a token to predict
+    labels = torch.ones(B, T, dtype=torch.int64)
+    with install(model, replace(policy, blocks=["blocks.*"])) as installed:
+        installed.observe({"labels": labels})
+        sparse = [gradient(model, seed) for seed in range(draws)]
+    return [(s.norm() / d.norm()).item() for s, d in zip(sparse, dense, strict=True)]
+
+
+def test_the_stack_grows_as_a_trained_model_does():
+    model, norms = copy.deepcopy(deep(64)), []
+    for block in model.blocks:
+        block.register_full_backward_hook(
+            lambda _, entering, leaving: norms.append((entering[0].norm() / leaving[0].norm()) ** 2)
+        )
+    x, weight = batch_of(1)
+    (model(x.requires_grad_()) * weight).sum().backward()
+    growth = torch.stack(norms).log().mean().exp() - 1
+    assert 0.75 * GROWTH < growth < 1.25 * GROWTH
+
+
+def policy_of(keep, replay=None):
+    return SagePolicy(keep=keep, replay=replay, sinks=1)
+
+
+POLICIES = {
+    **{name: preset for name, preset in PRESETS.items()},
+    "top fraction": policy_of(TopFraction(0.5)),
+    "top mass": policy_of(TopMass(0.5)),
+    "random": policy_of(RandomTokens(0.5)),
+    "loss first": policy_of(LossFirst(0.5)),
+    "loss first, less": policy_of(LossFirst(0.25)),
+    "replay fraction": policy_of(AllTokens(), 0.5),
+    "gradient mass": policy_of(AllTokens(), GradientMass(0.8)),
+    "drawn": policy_of(AllTokens(), ImportanceSampling(0.5)),
+    "drawn, less": policy_of(AllTokens(), ImportanceSampling(0.25)),
+    "drawn, exactly as many": policy_of(AllTokens(), ImportanceSampling(0.25, oversampling=1)),
+    "kept and drawn": policy_of(LossFirst(0.5), ImportanceSampling(0.25)),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_the_norm_of_the_gradient_does_not_grow_with_depth(policy):
+    means = {depth: sum(ratios(depth, policy)) / 3 for depth in DEPTHS}
+    print(means)
+    assert all(0.5 <= mean <= 1.5 for mean in means.values()), means
+    assert means[64] <= 1.2 * means[16], means
