@@ -185,8 +185,8 @@ class SagePolicy:
 
 PRESETS = {
     "memory": SagePolicy(LossFirst(0.25), replay=None, cache_dtype="int8"),
-    "balanced": SagePolicy(TopMass(0.85), ImportanceSampling(0.25), cache_dtype="int8"),
-    "speed": SagePolicy(TopMass(0.7), ImportanceSampling(0.125), cache_dtype="int8"),
+    "balanced": SagePolicy(TopMass(0.95), ImportanceSampling(0.33), cache_dtype="int8"),
+    "speed": SagePolicy(TopMass(0.9), ImportanceSampling(0.2), cache_dtype="int8"),
     "paper": SagePolicy(TopMass(0.8), replay=None, sinks=0, keep_loss_rows=False),
 }
 

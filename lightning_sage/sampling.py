@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -59,10 +57,10 @@ class ImportanceSampling(Selection):
 
     For `replay` only. Rows are drawn once in a backward pass, at the first block that it reaches: a
     row with a gradient of norm w is in with probability ``p = min(1, c w)``, c such that p sums to
-    `oversampling` times the rows to be replayed. The gradient of a drawn row is multiplied by 1/p,
-    that of the others set to zero: what the blocks are given is the dense gradient on average, and
-    is the dense gradient where no more rows have one. Each block then replays the rows with the
-    largest gradients, without weights.
+    the rows to be replayed. The gradient of a drawn row is multiplied by 1/p, that of the others
+    set to zero: what the blocks are given is the dense gradient on average, and is the dense
+    gradient where no more rows have one. Each block then replays the rows with the largest
+    gradients, without weights.
 
     Weights in every block, as drawing anew in each would need, multiply along the depth: after 30
     blocks the gradient is noise. A choice of the largest gradients alone leaves the same tokens out
@@ -70,25 +68,17 @@ class ImportanceSampling(Selection):
 
     Args:
         fraction: Share of the batch's valid tokens to replay in each block, in (0, 1].
-        oversampling: Rows drawn for each row replayed, at least 1. More is less noise, by smaller
-            weights, and more of a bias to large gradients.
     """
 
     draws = True
 
-    def __init__(self, fraction: float, oversampling: float = 1.5) -> None:
+    def __init__(self, fraction: float) -> None:
         self.fraction = checked_fraction("fraction", fraction)
-        if not oversampling >= 1:
-            raise ValueError(
-                f"oversampling must be at least 1, got {oversampling}: rows that were not drawn "
-                "have no gradient to replay"
-            )
-        self.oversampling = float(oversampling)
 
     def draw(self, norms: Tensor, count: int, noise: Tensor) -> Tensor:
         """See :func:`Selection.draw`."""
         # filled on the device: a copy to it would be waited for
-        budget = norms.new_full((), math.ceil(self.oversampling * count))
+        budget = norms.new_full((), count)
         return _drawn(_inclusion(norms.where(norms.isfinite(), 1e30), budget), noise, budget)
 
     def replay(self, norms: Tensor, saliency: Tensor | None, valid: int, noise: Tensor) -> Chosen:

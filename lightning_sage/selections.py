@@ -80,7 +80,7 @@ class Selection:
         raise NotImplementedError(f"{type(self).__name__} cannot be used as keep")
 
     def probability(self, rows: Tensor, priority: Tensor) -> Tensor | None:
-        """With which probability `keep` chose each row, where what it left out is to be made up for.
+        """With which probability `keep` chose each row, where the others are to be made up for.
 
         Where a backward pass begins, the gradient of a kept row is multiplied by 1/p, and that of
         the other rows of a sample in which any p is below 1 is set to zero. Asked for where

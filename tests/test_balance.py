@@ -15,14 +15,12 @@ from lightning_sage import (
     ImportanceSampling,
     LossFirst,
     RandomTokens,
-    ReplayError,
-    Selection,
     TopFraction,
     TopMass,
     install,
 )
 from lightning_sage.balance import Agreement, Budget, fit_kept, fit_replayed
-from lightning_sage.selections import Chosen, share
+from lightning_sage.selections import share
 from oracle import replayed
 from processes import ranks
 from steps import oracle_step, policy_of, run
@@ -45,7 +43,6 @@ POLICIES = {
     "fraction": {"keep": 0.4},
     "random": {"keep": RandomTokens(0.4)},
     "loss first": {"keep": LossFirst(0.4)},
-    "drawn": {"keep": ImportanceSampling(0.5)},
     "mass then gradient": {"keep": TopMass(0.6), "replay": GradientMass(0.7)},
     "all then gradient": {"keep": AllTokens(), "replay": 0.4},
     "all then drawn": {"keep": AllTokens(), "replay": ImportanceSampling(0.4)},
@@ -155,35 +152,6 @@ def test_gradients_are_ranked_as_the_selection_ranks_them():
             found = fit_replayed(replayer, replayer.replay(*given), Budget(count, 4), given)
             assert found.rows[[3, 1, 0, 2][:count]].all()
             assert found.rows.sum() == count
-
-
-class Louder(ImportanceSampling):
-    """Its own way of keeping, which nobody else knows at another fraction."""
-
-    def keep(self, scores, valid, priority, noise):
-        return super().keep(scores + 1, valid, priority, noise)
-
-
-def test_a_subclass_with_a_way_of_its_own_is_not_replaced_by_its_parent():
-    assert type(ImportanceSampling(0.5).at(0.25)) is ImportanceSampling
-    assert Louder(0.5).at(0.25) is None
-
-
-class Biased(Selection):
-    """Random, and nobody knows how to fit it."""
-
-    needs_scores = False
-
-    def keep(self, scores, valid, priority, noise):
-        return Chosen(valid, torch.full_like(scores, 0.5))
-
-
-def test_draws_that_cannot_be_fitted_are_refused():
-    model, batch = zoo.build("llama"), zoo.make_batch("llama")
-    with install(model, policy_of(keep=Biased())) as installed:
-        installed.agreement = Fixed(0.5)
-        with pytest.raises(ReplayError, match=r"Biased\(\) draws rows .* at\(fraction\)"):
-            model(**batch)
 
 
 def test_copies_are_alone():

@@ -31,8 +31,7 @@ def settings(policy):
         SagePolicy(keep=0.25, replay=None),
         SagePolicy(keep=RandomTokens(0.5), replay=GradientMass(0.9, max_fraction=0.5)),
         SagePolicy.preset("memory"),
-        SagePolicy(keep=AllTokens(), replay=ImportanceSampling(0.3, uniform=0.2)),
-        SagePolicy(keep=ImportanceSampling(0.1), replay=None),
+        SagePolicy(keep=AllTokens(), replay=ImportanceSampling(0.3)),
     ],
     ids=repr,
 )

@@ -19,7 +19,7 @@ from lightning_sage.estimate.prediction import estimate
 from lightning_sage.memory import saved_bytes
 from lightning_sage.memory_size import parse_size
 from lightning_sage.models import CausalLM, LoRA
-from lightning_sage.policy import PRESETS, ImportanceSampling
+from lightning_sage.policy import PRESETS, LossFirst
 from lightning_sage.sampling import RandomTokens
 from lightning_sage.selections import GradientMass, TopMass
 
@@ -32,7 +32,7 @@ POLICIES = {
     "quarter": SagePolicy(keep=0.25),
     "full fp8": SagePolicy(keep=0.4, attention="full", cache_dtype="fp8"),
     "half int8": SagePolicy(keep=0.5, cache_dtype="int8"),
-    "drawn": SagePolicy(keep=ImportanceSampling(0.3), replay=None),
+    "drawn": SagePolicy(keep=LossFirst(0.3), replay=None),
     "full": SagePolicy(keep=0.25, attention="full"),
     "random": SagePolicy(keep=RandomTokens(0.3), replay=GradientMass(0.9)),
     "all": SagePolicy(keep=AllTokens(), replay=0.25),

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import zoo
 from accuracy import assert_gradients_close, parameter_gradients
-from lightning_sage import AllTokens, ImportanceSampling, ReplayError, SagePolicy, install
+from lightning_sage import AllTokens, ReplayError, SagePolicy, install
 
 ALL = SagePolicy(keep=AllTokens(), replay=None)
 NAMED = SagePolicy(keep=AllTokens(), replay=None, blocks=["blocks.*"])
@@ -344,11 +344,3 @@ def test_labels_of_a_language_model_are_shifted_whatever_its_mask(name):
     with install(model, policy) as installed:
         train(model, rows(2, 20), labels=labels, mask=mask[None, None])
     assert torch.equal(installed.records[0].kept[:, :-1], labels[:, 1:] != -100)
-
-
-@pytest.mark.parametrize(("length", "loss_rows"), [(16, 0), (16, 4), (64, 12), (64, 13), (64, 64)])
-def test_every_row_may_be_drawn_however_many_bear_loss(length, loss_rows):
-    policy, valid = SagePolicy(keep=ImportanceSampling(0.25)), torch.ones(4, length) > 0
-    priority = policy.priority(valid, torch.arange(length).expand(4, -1) >= length - loss_rows)
-    scores, noise = torch.rand(2, 4, length, dtype=torch.float64)
-    assert (policy.keeper.keep(scores, valid, priority, noise).probability > 0).all()

@@ -46,7 +46,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
         (TopMass(0.8, max_fraction=0.1), TopMass(0.8, max_fraction=0.1)),
         (RandomTokens(0.5), RandomTokens(0.25)),
         (GradientMass(0.9), GradientMass(0.9, max_fraction=0.25)),
-        (ImportanceSampling(0.5, uniform=0.3), ImportanceSampling(0.25, uniform=0.3)),
+        (ImportanceSampling(0.5), ImportanceSampling(0.25)),
     ],
     ids=repr,
 )

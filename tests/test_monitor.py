@@ -287,7 +287,8 @@ def warned(policy, **settings):
 
 def test_a_low_cosine_is_warned_of_once_with_the_knob_to_turn():
     [text] = warned(SagePolicy(keep=0.3, sinks=0), fidelity_floor=0.99)
-    assert "at step 0, below fidelity_floor=0.99" in text
+    assert "at step 0 with SagePolicy(keep=0.3, sinks=0) the gradient's cosine" in text
+    assert "below fidelity_floor=0.99" in text
     assert "raise keep, now TopFraction(fraction=0.3)" in text
     assert "say to TopFraction(fraction=0.54)" in text
     [text] = warned(SagePolicy(keep=AllTokens(), replay=ImportanceSampling(0.2)), fidelity_floor=1)

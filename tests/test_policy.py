@@ -47,7 +47,6 @@ def keep(selection, scores, valid, priority=None, u=0.37):
         RandomTokens(0.3),
         LossFirst(0.3),
         AllTokens(),
-        ImportanceSampling(0.4),
     ],
     ids=repr,
 )
@@ -132,21 +131,47 @@ def test_inclusion_with_no_rows():
     assert _inclusion(torch.zeros(0, dtype=torch.float64), torch.tensor(3.0)).shape == (0,)
 
 
-def test_sampling_draws_each_row_with_its_probability(batch):
-    """Exactly: over every interval of the one random number that systematic sampling uses."""
-    scores, valid = batch
-    selection = ImportanceSampling(0.4)
-    probability = keep(selection, scores, valid).probability
-    flat = probability.flatten()
+def every_draw(selection, norms, count):
+    """Weights by every draw, with the draw's share of the numbers that systematic sampling uses."""
+    drawn = [selection.draw(norms, count, torch.full_like(norms, u / 997)) for u in range(997)]
+    p = torch.stack(drawn).amax(0).reciprocal()
     # certain rows come first
-    ends = flat[(flat < 1).long().argsort(stable=True)].cumsum(0)
+    ends = p[(p < 1).long().argsort(stable=True)].cumsum(0)
     cuts = torch.cat([ends % 1, torch.tensor([0.0, 1.0])]).sort()[0]
-    frequency = torch.zeros(B, T, dtype=torch.float64)
     for low, high in itertools.pairwise(cuts):
-        rows = keep(selection, scores, valid, u=float((low + high) / 2)).rows
-        frequency += (high - low) * rows
-    torch.testing.assert_close(frequency, probability)
-    assert probability.sum().item() == pytest.approx(14)  # 0.4 of 33, rounded up
+        if high - low > 1e-12:
+            yield (
+                float(high - low),
+                selection.draw(norms, count, (low + high) / 2 * torch.ones_like(norms)),
+            )
+
+
+def test_a_draw_is_the_gradient_on_average_with_the_variance_of_its_probabilities():
+    """Exactly: over every interval of the one random number that systematic sampling uses."""
+    norms = torch.rand(20, dtype=torch.float64) ** 3 + 0.01
+    draws = list(every_draw(ImportanceSampling(0.4), norms, 8))
+    assert all((weights > 0).sum() == 8 for _, weights in draws)
+    mean = sum(share * weights for share, weights in draws)
+    torch.testing.assert_close(mean, torch.ones_like(norms))
+    p = 1 / torch.stack([weights for _, weights in draws]).amax(0)
+    light = p < 1 - 1e-9
+    ratio = (p / norms)[light]
+    assert light.any()
+    assert ratio.max() - ratio.min() < 1e-9 * ratio.max()
+    squared = sum(share * (weights * norms).square().sum() for share, weights in draws)
+    torch.testing.assert_close(squared, (norms.square() / p).sum())
+    # no more than a fraction of rows can have: equal chances have the most
+    assert squared < norms.square().sum() * 20 / 8
+
+
+def test_nothing_is_drawn_where_no_more_rows_have_a_gradient():
+    norms = torch.tensor([0.0, 2.0, 0.0, 1e-30, 3.0], dtype=torch.float64)
+    weights = ImportanceSampling(0.5).draw(norms, 3, torch.full_like(norms, 0.5))
+    assert weights.tolist() == [0, 1, 0, 1, 1]
+    infinite = torch.tensor([float("inf"), *[1.0] * 9], dtype=torch.float64)
+    for u in (0.0, 0.3, 0.99):
+        weights = ImportanceSampling(0.2).draw(infinite, 2, torch.full_like(infinite, u))
+        assert weights[0] == 1
 
 
 def test_replay_by_gradient():
@@ -158,9 +183,8 @@ def test_replay_by_gradient():
     assert capped.rows.tolist() == [1, 0, 0, 1, 0, 0]
     saliency = torch.tensor([0, 0, 0, 0, 1.0, 0], dtype=torch.float64)
     assert TopFraction(0.25).replay(norms, saliency, 8, noise).rows.tolist() == [1, 0, 0, 0, 1, 0]
-    idle = ImportanceSampling(0.75).replay(norms, None, 8, noise)
-    assert idle.rows.all()
-    assert (idle.probability == 1).all()
+    drawn = ImportanceSampling(0.25).replay(norms, None, 8, noise)
+    assert drawn.rows.tolist() == [1, 0, 0, 1, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +203,7 @@ def test_replay_by_gradient():
         ({"unselected": "drop"}, "unselected must be one of identity"),
         ({"sinks": -1}, "sinks must be a number of tokens, got -1"),
         ({"unselected": "skip", "attention": "full"}, "use attention='salient'"),
-        ({"unselected": "skip", "keep": ImportanceSampling(0.5)}, "use another keep"),
+        ({"keep": ImportanceSampling(0.5)}, "use it as replay, not as keep"),
     ],
     ids=str,
 )
@@ -195,7 +219,6 @@ def test_a_policy_that_cannot_be_meant_is_refused(settings, message):
         (lambda: TopMass(0.5, min_tokens=0), "min_tokens must be at least 1"),
         (lambda: TopMass(max_fraction=2), "max_fraction must lie in"),
         (lambda: GradientMass(1.1), "mass must lie in"),
-        (lambda: ImportanceSampling(0.5, uniform=0), "uniform must be positive"),
     ],
 )
 def test_a_selection_out_of_range_is_refused(make, message):

@@ -105,7 +105,9 @@ def _share(contender: Contender, batch: Batch) -> float:
 
 def table(records: Sequence[Record]) -> Table:
     """A row for each method, a column for each scenario."""
-    shown = Table(title="cosine with the dense gradient / norm over dense (kept, bytes, operations)")
+    shown = Table(
+        title="cosine with the dense gradient / norm over dense (kept, bytes, operations)"
+    )
     scenarios = list(dict.fromkeys(record["scenario"] for record in records))
     for name in ("method", *scenarios):
         shown.add_column(name)

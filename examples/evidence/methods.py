@@ -16,9 +16,9 @@ def bare(keep: Selection, **changes: str) -> SagePolicy:
 _ALL = AllTokens()
 
 
-def drawn(fraction: float, oversampling: float = 1.5, keep: Selection = _ALL) -> SagePolicy:
+def drawn(fraction: float, keep: Selection = _ALL) -> SagePolicy:
     """Rows of large gradient, of those drawn once."""
-    return SagePolicy(keep=keep, replay=ImportanceSampling(fraction, oversampling))
+    return SagePolicy(keep=keep, replay=ImportanceSampling(fraction))
 
 
 # None trains every token: densely, or with every block recomputed
@@ -32,8 +32,6 @@ METHODS: dict[str, SagePolicy | None] = {
     **{f"loss first {f}": SagePolicy(keep=LossFirst(f), replay=None) for f in (0.25, 0.125)},
     **{f"replay {f}": SagePolicy(keep=_ALL, replay=f) for f in (0.5, 0.25, 0.125)},
     **{f"drawn {f}": drawn(f) for f in (0.5, 0.25, 0.125)},
-    "drawn 0.25, exactly as many": drawn(0.25, oversampling=1.0),
-    "drawn 0.25, twice as many": drawn(0.25, oversampling=2.0),
     "mass 0.85": SagePolicy(keep=TopMass(0.85), replay=None),
     "mass 0.85, drawn 0.25": drawn(0.25, keep=TopMass(0.85)),
     "balanced not drawn": replace(SagePolicy.preset("balanced"), replay=0.25),
@@ -62,14 +60,12 @@ LADDER = {
     "mass 0.85, drawn 0.25": "balanced",
     "balanced not drawn": "balanced",
     "drawn 0.25": "drawn 0.5",
-    "drawn 0.25, exactly as many": "drawn 0.5",
-    "drawn 0.25, twice as many": "drawn 0.5",
     "drawn 0.125": "drawn 0.5",
 }
 
 # whose gradients are looked at on the model of 30 layers
 DEPTH = (
     *("balanced", "speed", "memory", "paper", "random 0.25", "keep 0.25", "keep 0.5"),
-    *("replay 0.25", "replay 0.5", "drawn 0.25", "drawn 0.5", "drawn 0.25, exactly as many"),
-    *("drawn 0.25, twice as many", "mass 0.85", "mass 0.85, drawn 0.25"),
+    *("replay 0.25", "replay 0.5", "drawn 0.25", "drawn 0.5"),
+    *("mass 0.85", "mass 0.85, drawn 0.25"),
 )

@@ -117,7 +117,7 @@ SCENARIOS = {
         ),
         Scenario(
             name="smol-short",
-            title="From source to a line that says what it does; SmolLM2, LoRA r=16, 4 x 192 tokens",
+            title="From source to a line on what it does; SmolLM2, LoRA r=16, 4 x 192 tokens",
             judged="val_loss",
             steps=150,
             lrs=(2.5e-4, 5e-4, 1e-3),
@@ -157,7 +157,7 @@ SCENARIOS = {
         ),
         Scenario(
             name="smol-short-full",
-            title="From source to a line that says what it does; SmolLM2, full, 4 x 192 tokens",
+            title="From source to a line on what it does; SmolLM2, full, 4 x 192 tokens",
             judged="val_loss",
             steps=150,
             lrs=_FULL_LRS,

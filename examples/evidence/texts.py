@@ -107,12 +107,9 @@ class FunctionTexts(TextModule):
 
     def rows(self, split: Split) -> list[Row]:
         """`prompt` and `answer`, shuffled with a fixed seed."""
-        loading = self.loading.tokenizer, self.loading.max_tokens
         code = Path(__file__).read_text(encoding="utf-8")
-        rows = kept_rows(
-            self.directory, self.task, [self.limits, loading, code, split], lambda: self._found(split)
-        )
-        return rows
+        key = [self.limits, self.loading.tokenizer, self.loading.max_tokens, code, split]
+        return kept_rows(self.directory, self.task, key, lambda: self._found(split))
 
     def _found(self, split: Split) -> list[Row]:
         places = [

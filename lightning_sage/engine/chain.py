@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ class Chain:
     """The blocks that one sequence of hidden states passes in one forward.
 
     A backward pass may thin out the gradient once in each chain, at the block that it reaches
-    first: weights of rows that were drawn in every block would multiply with the depth of the model.
+    first: weights of rows that were drawn in every block would multiply along the depth.
 
     Args:
         seed: Of what is drawn once for all of its blocks.
@@ -46,10 +48,11 @@ def chain_of(hidden: Tensor, seed: Seed) -> Chain:
         if node is None or node in seen:
             continue
         seen.add(node)
-        job = getattr(node, "job", None)
+        # of a block's node: its call
+        job: Any = getattr(node, "job", None)
         chain = getattr(job, "chain", None)
         if not isinstance(chain, Chain):
             stack += [following for following, _ in node.next_functions]
-        elif (job.B, job.T) == hidden.shape[:2]:
+        elif hidden.shape[:2] == (job.B, job.T):
             return chain
     return Chain(seed)

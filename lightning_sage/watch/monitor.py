@@ -152,7 +152,9 @@ class FidelityMonitor:
         budget: What limits the policy, if anything.
     """
 
-    def __init__(self, every: int | None, floor: float, control: FidelityControl | None = None) -> None:
+    def __init__(
+        self, every: int | None, floor: float, control: FidelityControl | None = None
+    ) -> None:
         self.every, self.floor, self.control = every, floor, control
         self.working, self._low, self._at_its_end = True, False, False
         self.budget: MemoryBudget | None = None
