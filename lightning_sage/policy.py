@@ -26,7 +26,8 @@ class SagePolicy:
     """What is kept in the forward pass and replayed in the backward pass.
 
     The defaults are the paper's choice (Kim & Lee, ACL 2025) made safe: the loss-bearing rows are
-    always in, and where that keeps more than half of the tokens, a reweighted half is replayed.
+    always in, and where that keeps more than half of the tokens, half are replayed: those of
+    largest gradient, and where more than half bear loss, a weighted draw of them.
     What costs less for the same quality is :meth:`preset`.
 
     Args:

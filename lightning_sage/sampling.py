@@ -19,11 +19,19 @@ from lightning_sage.selections import (
 class RandomTokens(PerSample):
     """A uniformly random `fraction` of each sample's valid tokens (TokenTune, 2024).
 
-    The same ones in all blocks of a forward. Biased like any plain choice: nothing is weighted.
+    The same ones in all blocks of a forward; loss-bearing ones first, where the policy says so. The
+    gradient of those that were drawn is weighted by one over their share, where the backward pass
+    begins.
     """
 
     needs_scores = False
     random = True
+
+    def probability(self, rows: Tensor, priority: Tensor) -> Tensor:
+        """See :func:`Selection.probability`."""
+        return torch.where(
+            priority == 1, _share(rows, priority == 1), _share(rows, priority == 0)
+        ).masked_fill(priority >= 2, 1.0)
 
 
 class LossFirst(PerSample):
@@ -41,11 +49,8 @@ class LossFirst(PerSample):
     draws_loss_rows = True
 
     def probability(self, rows: Tensor, priority: Tensor) -> Tensor:
-        """See :func:`Selection.probability`: a sample's drawn share of its loss-bearing rows."""
-        drawn = priority == 1
-        share = (rows & drawn).sum(-1, keepdim=True) / drawn.sum(-1, keepdim=True).clamp(min=1)
-        # where a sample has room for none of them, none of the rows kept is one
-        return torch.where(drawn & rows, share.double(), 1.0)
+        """See :func:`Selection.probability`."""
+        return _share(rows, priority == 1)
 
     def key(self, scores: Tensor, priority: Tensor, noise: Tensor) -> Tensor:
         """See :func:`Selection.key`: scores choose only among rows without loss."""
@@ -88,6 +93,13 @@ class ImportanceSampling(Selection):
     def replay_count(self, kept: int, valid: int) -> int:
         """See :func:`Selection.replay_count`."""
         return min(kept, share(self.fraction, valid))
+
+
+def _share(rows: Tensor, group: Tensor) -> Tensor:
+    """``[B, T]`` float64: of a sample's rows in `group` the share in `rows`; 1 for other rows."""
+    share = (rows & group).sum(-1, keepdim=True) / group.sum(-1, keepdim=True).clamp(min=1)
+    # of a sample that has room for none of them, no row is one of them
+    return torch.where(rows & group, share.double(), 1.0)
 
 
 def _drawn(probability: Tensor, noise: Tensor, budget: Tensor) -> Tensor:

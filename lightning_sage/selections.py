@@ -83,8 +83,8 @@ class Selection:
         """With which probability `keep` chose each row, where the others are to be made up for.
 
         Where a backward pass begins, the gradient of a kept row is multiplied by 1/p, and that of
-        the other rows of a sample in which any p is below 1 is set to zero. Asked for where
-        something tells which rows bear loss.
+        the other rows of a sample in which any p is below 1 is set to zero. Of a selection that
+        draws loss-bearing rows it is asked where something tells which they are.
 
         Args:
             rows: ``[B, T]`` bool, the chosen rows.

@@ -47,6 +47,16 @@ IN_ALL = (
     "In all, minus dense: points of accuracy, where more is better, or per cent of dense "
     "training's loss, where less is; ± half of the interval, and in brackets the seeds."
 )
+DEPTHS = (
+    "Gradients of the parameters of all blocks of SmolLM2-135M, full fine-tuning, the mean over "
+    "batches of 4 x 192 tokens: cosine with the dense gradient / norm over the dense norm (kept "
+    "fraction, bytes held over those of checkpointing with both in bfloat16, operations over dense "
+    "training's, head included). By `examples/evidence/depth.py`."
+)
+GAINS = (
+    "What of dense training's gain in validation loss is had after as many steps (of dense "
+    "training: the loss before and after; in brackets the seeds)."
+)
 
 
 @dataclass(frozen=True)
@@ -55,10 +65,12 @@ class Command:
 
     Args:
         records: The lines of JSON.
+        depth: Those of depth.py.
         out: The tables; the figure is beside them.
     """
 
     records: str = str(EXAMPLES / "results" / "evidence.jsonl")
+    depth: str = str(EXAMPLES / "results" / "depth.jsonl")
     out: str = str(EXAMPLES / "evidence.md")
 
 
@@ -406,12 +418,67 @@ def _panels(axes: Any, last: Record, found: dict[str, Method], styles: dict[str,
             )
 
 
+def gains(scenarios: Sequence[Sequence[Record]]) -> str:
+    """A table: what of dense training's gain in validation loss each method has, by scenario.
+
+    Where the loss before training is known; each method at its best learning rate for a seed.
+    """
+    columns, rows = [], defaultdict(dict)
+    for records in scenarios:
+        runs = [r for r in records if r["kind"] == "train" and not r["error"]]
+        begun = {r["seed"]: r["start"]["val_loss"] for r in runs if "start" in r}
+        if not begun:
+            continue
+        column = f"{runs[0]['scenario']}, {runs[0]['steps']} steps"
+        columns.append(column)
+        best: dict[tuple[str, int], float] = {}
+        for r in runs:
+            key = r["method"], r["seed"]
+            best[key] = min(r["metrics"]["val_loss"], best.get(key, math.inf))
+        for method in dict.fromkeys(method for method, _ in best):
+            shares = [
+                (begun[seed] - loss) / (begun[seed] - best["dense", seed])
+                for (name, seed), loss in best.items()
+                if name == method and seed in begun and ("dense", seed) in best
+            ]
+            if method == "dense":
+                losses = [best["dense", seed] for seed in begun]
+                rows[method][column] = f"{fmean(begun.values()):.3f} to {fmean(losses):.3f}"
+            elif shares:
+                rows[method][column] = f"{fmean(shares):.2f} ({len(shares)})"
+    cells = [(name, *(cells.get(column, "") for column in columns)) for name, cells in rows.items()]
+    return markdown(("method", *columns), cells)
+
+
+def depths(path: Path) -> str:
+    """A table of gradients on the model of 30 layers, by method and kind of loss."""
+    records = {}
+    for record in map(json.loads, path.read_text().splitlines()):
+        records[record["method"], record["scenario"]] = record
+    scenarios = list(dict.fromkeys(scenario for _, scenario in records))
+    cells = [
+        (method, *(_at_depth(records.get((method, scenario))) for scenario in scenarios))
+        for method in dict.fromkeys(method for method, _ in records)
+    ]
+    return markdown(("method", *scenarios), cells)
+
+
+def _at_depth(record: Record | None) -> str:
+    if record is None:
+        return ""
+    cosine, norm = fmean(record["cosines"]), fmean(record["norm_ratios"])
+    shares = (record[name] for name in ("kept_fraction", "cached", "operations"))
+    return f"{cosine:.2f} / {norm:.2f} ({', '.join(f'{share:.2f}' for share in shares)})"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the tables and draw the figure."""
     command = auto_cli(Command, as_positional=False, args=arguments)
     scenarios, out = list(read(Path(command.records)).values()), Path(command.out)
     findings = Path(__file__).with_name("findings.md").read_text().strip()
-    parts = ["# Does it end where dense training does?", findings, "## Measured", BENEATH]
+    parts = ["# Does it end where dense training does?", findings]
+    parts += ["## A trained model of 30 layers", DEPTHS, depths(Path(command.depth))]
+    parts += [GAINS, gains(scenarios), "## Measured", BENEATH]
     parts += [IN_ALL, overview(scenarios), *map(section, scenarios)]
     out.write_text("\n\n".join(parts) + "\n")
     figure(_most_trained(scenarios), out.with_suffix(".png"))

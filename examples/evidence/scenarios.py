@@ -113,7 +113,7 @@ SCENARIOS = {
             lrs=(2.5e-4, 5e-4, 1e-3),
             module=_module(CausalLM, bases.smollm2, None, _ADAPTERS),
             data=_package_names,
-            val_batches=32,
+            val_batches=16,
         ),
         Scenario(
             name="smol-short",
@@ -123,7 +123,7 @@ SCENARIOS = {
             lrs=(2.5e-4, 5e-4, 1e-3),
             module=_module(CausalLM, bases.smollm2, None, _ADAPTERS),
             data=_of_functions("summary"),
-            val_batches=24,
+            val_batches=12,
         ),
         Scenario(
             name="smol-third",
@@ -133,7 +133,7 @@ SCENARIOS = {
             lrs=(2.5e-4, 5e-4, 1e-3),
             module=_module(CausalLM, bases.smollm2, None, _ADAPTERS),
             data=_of_functions("body"),
-            val_batches=16,
+            val_batches=12,
         ),
         Scenario(
             name="smol-every",
@@ -143,7 +143,7 @@ SCENARIOS = {
             lrs=(2.5e-4, 5e-4, 1e-3),
             module=_module(CausalLM, bases.smollm2, None, _ADAPTERS),
             data=_windows,
-            val_batches=16,
+            val_batches=8,
         ),
         Scenario(
             name="smol-long",
@@ -163,7 +163,7 @@ SCENARIOS = {
             lrs=_FULL_LRS,
             module=_module(CausalLM, bases.smollm2),
             data=_of_functions("summary"),
-            val_batches=24,
+            val_batches=12,
         ),
         Scenario(
             name="smol-every-full",
@@ -173,7 +173,7 @@ SCENARIOS = {
             lrs=_FULL_LRS,
             module=_module(CausalLM, bases.smollm2),
             data=_windows,
-            val_batches=16,
+            val_batches=8,
         ),
         Scenario(
             name="classify-lora",

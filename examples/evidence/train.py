@@ -87,17 +87,29 @@ def fit(
     seed: int,
 ) -> Trainer:
     """Build the module and train it, a step a batch, from the draws of the seed."""
-    trainer = Trainer(
-        accelerator="cpu", max_steps=len(batches), precision=PRECISION,
-        gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-        callbacks=[*callbacks],
-    )  # fmt: skip
+    trainer = _trainer(len(batches), callbacks)
     seed_everything(seed, verbose=False)
     # before any callback could draw: adapters and heads are the same for every method
     module.configure_model()
     trainer.fit(module, DataLoader(batches, batch_size=None))
     return trainer
+
+
+def _trainer(steps: int, callbacks: Sequence[Callback] = ()) -> Trainer:
+    return Trainer(
+        accelerator="cpu", max_steps=steps, precision=PRECISION,
+        gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        callbacks=[*callbacks],
+    )  # fmt: skip
+
+
+def start(scenario: Scenario, seed: int) -> dict[str, float]:
+    """Metrics of validation before any training."""
+    module = scenario.module(0.0, False)
+    seed_everything(seed, verbose=False)
+    module.configure_model()
+    return judge(scenario, module, _trainer(0))
 
 
 def judge(scenario: Scenario, module: HuggingFaceModule, trainer: Trainer) -> dict[str, float]:
@@ -124,6 +136,8 @@ def run(scenario: Scenario, method: str, lr: float, seed: int, steps: int | None
     try:
         module = scenario.module(lr, method == "checkpointing")
         record["base"] = base_of(module)
+        if method == "dense":
+            record["start"] = start(scenario, seed)
         batches = train_batches(scenario, seed, steps)
         started = perf_counter()
         trainer = fit(scenario, module, batches, [losses, *sage], seed)

@@ -33,8 +33,11 @@ def sparse_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     that is not gets dL/dH = dL/dH', whatever the block is; kept ones with ``attention="kept"`` also
     what comes in through their keys and values. In a pre-norm block that is the residual
     path, exactly. A post-norm block (BERT) has none: there the identity stands in for the Jacobian
-    of the layer norms, and rows drawn by importance sampling correct it without bias, since their
-    1/p weights (block minus identity).
+    of the layer norms. Of outputs besides the hidden states (router logits) the replayed rows
+    have the gradient, unweighted.
+
+    Where a policy draws rows, the gradient is thinned out before, at the first block of its chain
+    that the backward pass reaches: see :mod:`lightning_sage.engine.chain`.
 
     Buffers that the block updates in its forward are updated once more by its replay, and those of
     what stands before attention again for rows that are keys alone.

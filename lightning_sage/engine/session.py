@@ -278,5 +278,6 @@ class Session:
             elif chosen is not alone and count is not None:
                 count = max(count, budget.rows)
         wanted = alone.rows.sum() if judged.count is None else judged.count
-        p = keeper.probability(chosen.rows, judged.priority) if judged.told else None
+        drew = judged.told or not keeper.draws_loss_rows
+        p = keeper.probability(chosen.rows, judged.priority) if drew else None
         return Choice(chosen, ops.rows_of(chosen.rows, count), scores, p, wanted, budget)

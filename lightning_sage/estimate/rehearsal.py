@@ -160,8 +160,9 @@ class Rehearsal:
             count = int(chosen.rows.sum())
             if self.kept is not None:
                 count = valid.shape[0] * share(self.kept, valid.shape[1])
-            drawn = loss_rows is not valid and policy.keeper.probability(chosen.rows, priority)
-            self.counts[name, causal] = count, isinstance(drawn, Tensor)
+            drew = loss_rows is not valid or not policy.keeper.draws_loss_rows
+            p = policy.keeper.probability(chosen.rows, priority) if drew else None
+            self.counts[name, causal] = count, p is not None
         return self.counts[name, causal]
 
     def replayed(
