@@ -101,10 +101,7 @@ def rows_ops(p: Problem) -> Iterator[tuple[str, Callable[[], Any], int]]:
     yield "copy (the bandwidth)", lambda: hidden.clone(), 2 * all_bytes
     yield "gather", lambda: ops.gather_rows(hidden, rows), 2 * kept * size
     yield "gather, weighted", lambda: ops.gather_rows(hidden, rows, weights), 2 * kept * size
-    scattered = 2 * all_bytes
-    yield "scatter", lambda: ops.scatter_rows(values, rows, hidden), scattered
-    weighted = scattered + kept * size
-    yield "scatter, weighted", lambda: ops.scatter_rows(values, rows, hidden, weights), weighted
+    yield "scatter", lambda: ops.scatter_rows(values, rows, hidden), 2 * all_bytes
     yield "norms", lambda: ops.row_norms(hidden, rows), kept * size
     flat = hidden.flatten(0, 1)
     index = p.every.index

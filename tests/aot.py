@@ -104,7 +104,7 @@ def launches(dtype, width, arch):
     index, weights = torch.arange(64), torch.zeros(64)
     x = torch.zeros(B, T, 32 * width, dtype=dtype)
     for variant, given in (("moved", None), ("weighted", weights)):
-        rows.scatter_rows(rows.gather_rows(x, index, given), index, x, given)
+        rows.scatter_rows(rows.gather_rows(x, index, given), index, x)
         take(variant)
     rows.row_norms(x, index)
     rows.rows_of(torch.ones(B, T, dtype=torch.bool), 64)

@@ -114,10 +114,69 @@ def test_what_fails_is_a_record(tiny):
     json.dumps([failed, diverged], allow_nan=False)
 
 
+SOURCE = """
+def area(width, height):
+    \"\"\"The area of a rectangle.
+
+    More about it.
+    \"\"\"
+    result = width * height
+    return result
+"""
+
+
+@pytest.mark.parametrize(
+    ("task", "prompt", "answer"),
+    [
+        ("summary", "    return result\n\n# What it does:", " The area of a rectangle.\n"),
+        ("body", '    """\n', "    result = width * height\n    return result\n"),
+        ("long", '    """\n', "    result = width * height\n    return result\n"),
+    ],
+)
+def test_functions_become_prompts_with_answers(task, prompt, answer, tmp_path):
+    from texts import FunctionTexts
+
+    from lightning_sage.data import Loading
+
+    path = tmp_path / "source.py"
+    path.write_text(SOURCE)
+    data = FunctionTexts(task, loading=Loading(max_tokens=256))
+    [row] = data._of(path)
+    assert row["prompt"].endswith(prompt)
+    assert row["answer"] == answer
+    assert ("More about it" in row["prompt"]) == (task != "summary")
+    example = data.encode(row)
+    text = data.tokenizer.decode([i for i in example["labels"] if i >= 0])
+    assert text.removesuffix("</s>") == answer
+    # too short to fill half of the room, or a long context
+    assert not data._fits(row) or task == "summary"
+
+
+def test_names_of_packages_are_answers_of_a_token_or_two(tmp_path):
+    from texts import PackageNames
+
+    from lightning_sage.data import Loading
+
+    data = PackageNames(directory=str(tmp_path), loading=Loading(max_tokens=64))
+    example = data.encode({"prompt": "a text " * 40, "answer": " numpy"})
+    assert len(example["input_ids"]) <= 64
+    assert data.tokenizer.decode(example["input_ids"]).endswith("Package: numpy</s>")
+    assert sum(label >= 0 for label in example["labels"]) == len(" numpy") + 1
+
+
+def test_gains_are_shares_of_dense_trainings():
+    from report import gains
+
+    dense = {**record("dense", 0, 1.0), "start": {"val_loss": 2.0}}
+    shown = gains([[dense, record("balanced", 0, 1.1), record("balanced", 0, 1.5, lr=2e-3)]])
+    assert "2.000 to 1.000" in shown
+    assert "0.90 (1)" in shown
+
+
 def test_costs_of_a_step(tiny):
     from cost import costs
 
-    methods = ("dense", "checkpointing", "keep 0.25", "sampled replay 0.25")
+    methods = ("dense", "checkpointing", "keep 0.25", "drawn 0.25")
     found = {r["method"]: r for r in costs(tiny, methods, warmup=1, batches=2, rounds=1)}
     assert [r["error"] for r in found.values()] == [None] * 4
     dense, checkpointing, keep, replay = found.values()
@@ -167,8 +226,7 @@ def test_every_method_is_tuned_or_has_a_relative_that_is():
     [
         ("dense", "dense", ""),
         ("keep 0.25", "keep", "0.25"),
-        ("sampled replay 0.5 int8", "sampled replay", "0.5 int8"),
-        ("mass 0.8 sampled 0.5", "mass", "0.8 sampled 0.5"),
+        ("mass 0.85, drawn 0.25", "mass", "0.85, drawn 0.25"),
     ],
 )
 def test_methods_of_one_kind_share_a_colour(name, kind, rest):

@@ -400,18 +400,11 @@ def test_wide_rows_take_several_programs(device):
 
 @pytest.mark.parametrize("dtype", [*SHORT, torch.float64], ids=name_dtype)
 @pytest.mark.parametrize("view", VIEWS)
-def test_weighted_rows_are_as_accurate_as_eager(view, dtype, device):
+def test_weighted_rows_are_those_of_eager(view, dtype, device):
     x, index = VIEWS[view](7).to(device, dtype), some_rows(device)
     weights = 1 + torch.rand(len(index), device=device).to(torch.promote_types(dtype, torch.float))
     got = ops.gather_rows(x, index, weights)
     assert torch.equal(got, reference.gather_rows(x, index, weights))
-    values = torch.randn(got.shape, device=device).to(dtype)
-    out = ops.scatter_rows(values, index, x, weights)
-    eager = reference.scatter_rows(values, index, x, weights)
-    exact = reference.scatter_rows(values.double(), index, x.double(), weights.double())
-    assert_as_accurate(out, eager, exact)
-    others = torch.ones(27, dtype=torch.bool, device=device).index_fill(0, index, False)
-    assert torch.equal(out.flatten(0, 1)[others], x.flatten(0, 1)[others])
 
 
 @pytest.mark.parametrize("C", [1, 7, 300])
@@ -529,7 +522,7 @@ def test_rows_and_weights_may_be_strided(device):
     lse = ops.attention_lse(q, k, sight, How(0.25))
     calls = [
         ("gather_rows", x, index, weights),
-        ("scatter_rows", own, index, x, weights),
+        ("scatter_rows", own, index, x),
         ("row_norms", x[:, :, 0], index),
         ("pack_rows", x, index, torch.int8),
         ("unpack_rows", values, scale, torch.arange(len(values), device=device), torch.float32),

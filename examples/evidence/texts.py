@@ -72,7 +72,7 @@ class PackageNames(TextModule):
         room = self.loading.max_tokens - len(question) - 8
         text = self.tokenizer(row["prompt"], add_special_tokens=False)["input_ids"][:room]
         answer = self.tokenizer(row["answer"], add_special_tokens=False)["input_ids"]
-        prompt = [self.tokenizer.bos_token_id, *text, *question]
+        prompt = [t for t in [self.tokenizer.bos_token_id] if t is not None] + text + question
         answer = [*answer, self.tokenizer.eos_token_id]
         return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
 

@@ -70,7 +70,9 @@ def _by_token(grad: Tensor, rows: Tensor, values: Tensor) -> Tensor:
 
 
 def _weighted(grad: Tensor, weights: Tensor) -> Tensor:
-    return (grad * weights.to(ops.wide(grad.dtype))[..., None]).to(grad.dtype)
+    every = torch.arange(weights.numel(), device=grad.device)
+    factors = weights.flatten().to(ops.wide(grad.dtype))
+    return ops.gather_rows(grad, every, factors).view(grad.shape)
 
 
 def _norms(cache: SparseCache, grad: Tensor) -> Tensor:

@@ -137,11 +137,9 @@ def gather_rows(x: Tensor, rows: Tensor, weights: Tensor | None = None) -> Tenso
     return found
 
 
-def scatter_rows(
-    values: Tensor, rows: Tensor, base: Tensor, weights: Tensor | None = None
-) -> Tensor:
+def scatter_rows(values: Tensor, rows: Tensor, base: Tensor) -> Tensor:
     """See :func:`lightning_sage.ops.reference.scatter_rows`."""
-    found: Tensor = _launched(_row_ops(base).scatter_rows, values, rows, base, weights)
+    found: Tensor = _launched(_row_ops(base).scatter_rows, values, rows, base)
     return found
 
 

@@ -117,8 +117,7 @@ def rows_of(chosen: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _scatter_kernel(
-    values, rows, weights, base, out, N, T, base_b, base_t, C, WIDE: tl.constexpr,
-    WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+    values, rows, base, out, N, T, base_b, base_t, C, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -130,15 +129,10 @@ def _scatter_kernel(
         tl.store(target, tl.load(own, mask=c < C), mask=c < C)
     else:
         value = tl.load(values + i * C + c, mask=c < C)
-        if WEIGHTED:
-            rest = (1 - tl.load(weights + i)).to(WIDE)
-            value = value.to(WIDE) + rest * tl.load(own, mask=c < C).to(WIDE)
         tl.store(target, value.to(out.dtype.element_ty), mask=c < C)
 
 
-def scatter_rows(
-    values: Tensor, rows: Tensor, base: Tensor, weights: Tensor | None = None
-) -> Tensor:
+def scatter_rows(values: Tensor, rows: Tensor, base: Tensor) -> Tensor:
     """See :func:`lightning_sage.ops.reference.scatter_rows`."""
     B, T = base.shape[:2]
     flat = base.flatten(2) if base.dim() > 3 else base.reshape(B, T, -1)
@@ -152,15 +146,12 @@ def scatter_rows(
     _scatter_kernel[B * T, triton.cdiv(C, block)](
         values,
         rows.contiguous(),
-        rows if weights is None else weights.contiguous(),
         flat,
         out,
         len(rows),
         T,
         *flat.stride()[:2],
         C,
-        WIDE=wide_type(base.dtype),
-        WEIGHTED=weights is not None,
         BLOCK=block,
         num_warps=_warps(block),
     )

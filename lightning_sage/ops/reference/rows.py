@@ -37,27 +37,20 @@ def gather_rows(x: Tensor, rows: Tensor, weights: Tensor | None = None) -> Tenso
     return out if weights is None else (accurate(out) * _column(weights, out)).to(x.dtype)
 
 
-def scatter_rows(
-    values: Tensor, rows: Tensor, base: Tensor, weights: Tensor | None = None
-) -> Tensor:
+def scatter_rows(values: Tensor, rows: Tensor, base: Tensor) -> Tensor:
     """A copy of `base` with some rows replaced; the inverse of :func:`gather_rows`.
 
-    ``out.flatten(0, 1)[rows[i]] = values[i] + (1 - weights[i]) * base.flatten(0, 1)[rows[i]]``,
-    rounded once: the gradient of a block whose branches are weighted, but not its residual path.
+    ``out.flatten(0, 1)[rows[i]] = values[i]``.
 
     Args:
         values: ``[N, ...]``.
         rows: ``[N]`` int64, rising.
         base: ``[B, T, ...]``, left as it is.
-        weights: ``[N]``; None for 1.
 
     Returns:
         ``[B, T, ...]`` in the dtype of `base`.
     """
     out = base.clone(memory_format=torch.contiguous_format)
-    if weights is not None:
-        own = gather_rows(base, rows)
-        values = accurate(values) + (1 - _column(weights, own)) * accurate(own)
     out.flatten(0, 1).index_copy_(0, rows, values.to(base.dtype))
     return out
 
