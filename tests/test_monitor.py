@@ -297,6 +297,47 @@ def test_a_low_cosine_is_warned_of_once_with_the_knob_to_turn():
     assert warned(SagePolicy(keep=AllTokens(), replay=None), fidelity_floor=0.999) == []
 
 
+def test_without_being_asked_it_looks_once_after_the_first_steps(tmp_path):
+    data = batches(14)
+    logger = CSVLogger(tmp_path, name="", version="")
+    fit(Task(llama()), SageCallback(HALF, print_summary=False), data=data, logger=logger)
+    assert [look["step"] for look in looks(tmp_path)] == [10]
+
+
+@pytest.mark.parametrize(("every", "steps"), [(0, 14), (None, 10)])
+def test_it_does_not_look_at_short_fits_or_where_it_is_told_not_to(every, steps):
+    callback = monitored(HALF, every)
+    fit(Task(llama()), callback, data=batches(steps))
+    assert "fidelity_cosine" not in callback.summary
+
+
+class ByHand(Task):
+    def __init__(self, model):
+        super().__init__(model)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.model(**batch).loss)
+        optimizer.step()
+
+
+def test_what_nobody_asked_for_and_cannot_be_had_is_no_warning():
+    # warnings are errors here
+    callback = monitored(HALF, None)
+    fit(ByHand(llama()), callback, data=batches(12))
+    assert "fidelity_cosine" not in callback.summary
+
+
+def test_a_norm_out_of_bounds_is_warned_of_by_the_name_of_the_policy(monkeypatch):
+    monkeypatch.setattr("lightning_sage.watch.monitor.NORMS", (1.1, 1.5))
+    [text] = warned(None, fidelity_floor=0.0)
+    assert "with preset 'balanced' the gradient's norm is" in text
+    assert "of the dense one, not 1.1 to 1.5" in text
+    assert "fidelity_every_n_steps=0 does not look" in text
+
+
 def test_advice_where_nothing_can_be_raised():
     with install(llama(), SagePolicy(keep=AllTokens(), replay=None, cache_dtype="int8")) as done:
         assert "attention='full' and fewer bits" not in advice(SagePolicy(keep=0.2), done.records)
