@@ -39,11 +39,9 @@ class SageCallback(Callback):
             None is `balanced`, or with a `memory_budget` every token, as many as fit.
         log_every_n_steps: Optimizer steps between two logs; None is the Trainer's, 0 logs nothing.
         fidelity_every_n_steps: Optimizer steps between two looks at the gradient: the batch is run
-            twice more, densely and sparsely, and `sage/fidelity_cosine` (overall and by block) and
-            `sage/fidelity_norm_ratio` are logged. None looks once, at the eleventh step, for the
-            time of about two steps; 0 never looks.
-        fidelity_floor: A cosine below it is warned of, where no target is held, and so is a norm
-            below half or above one and a half of the dense one.
+            twice more, densely and sparsely, and `sage/fidelity_cosine` (also by block) and
+            `sage/fidelity_norm_ratio` are logged. None looks once, at the eleventh step; 0 never.
+        fidelity_floor: Cosine to warn below, as of norms out of 0.5 to 1.5; 0 warns of neither.
         fidelity_target: A cosine to hold, by moving the fractions or masses of `keep` and `replay`.
         memory_budget: A size (`20GiB`), or a share of the device's memory (0.9), that a step has
             to fit in; on a CPU, of the bytes that SAGE caches. The first four steps find the best

@@ -85,6 +85,7 @@ MAY_IMPORT = {
     "engine/saliency": {"torch", "engine/facts", "engine/seen"},
     "engine/requests": {"torch"},
     "engine/sides": {"torch", "errors"},
+    "engine/chain": {"torch", "engine/drops"},
     "engine/choice": {"torch", "balance", "engine/drops", "ops", "selections"},
     "engine/session": {
         "torch", "balance", "engine/choice", "engine/drops", "engine/facts", "engine/flash",
@@ -94,9 +95,9 @@ MAY_IMPORT = {
     "engine/modes": {"torch"},
     "engine/wrapped": {"torch", "engine/session", "errors"},
     "engine/job": {
-        "torch", "balance", "buffers", "engine/arguments", "engine/drops", "engine/intercept",
-        "engine/modes", "engine/positions", "engine/replay", "engine/sides", "engine/wrapped",
-        "errors", "ops", "records",
+        "torch", "balance", "buffers", "engine/arguments", "engine/chain", "engine/drops",
+        "engine/intercept", "engine/modes", "engine/positions", "engine/replay", "engine/sides",
+        "engine/wrapped", "errors", "ops", "records",
     },
     "engine/comparer": {
         "torch", "engine/attention_call", "engine/axes", "engine/follow", "engine/replay",

@@ -144,7 +144,7 @@ class FidelityMonitor:
         every: Optimizer steps between two looks; None looks once, after :data:`FIRST_STEPS`, and
             only says in the log why it cannot.
         floor: A cosine below it is warned of, once until it has been above again, and so is a norm
-            out of :data:`NORMS`.
+            out of :data:`NORMS`; 0 warns of neither.
         control: What moves the policy by what is seen, if anything.
 
     Attributes:
@@ -271,7 +271,7 @@ class FidelityMonitor:
                 f"the gradient's cosine with the dense one is {cosine:.3f}, below "
                 f"fidelity_floor={self.floor}"
             )
-        if not least <= norm <= most:
+        if self.floor and not least <= norm <= most:
             found.append(
                 f"the gradient's norm is {norm:.3g} of the dense one, not {least} to {most}"
             )
