@@ -27,11 +27,9 @@ class RandomTokens(PerSample):
     needs_scores = False
     random = True
 
-    def probability(self, rows: Tensor, priority: Tensor) -> Tensor:
+    def probability(self, rows: Tensor, valid: Tensor, priority: Tensor) -> Tensor:
         """See :func:`Selection.probability`."""
-        return torch.where(
-            priority == 1, _share(rows, priority == 1), _share(rows, priority == 0)
-        ).masked_fill(priority >= 2, 1.0)
+        return _share(rows, valid & (priority == 1)) * _share(rows, valid & (priority == 0))
 
 
 class LossFirst(PerSample):
@@ -48,7 +46,7 @@ class LossFirst(PerSample):
     random = True
     draws_loss_rows = True
 
-    def probability(self, rows: Tensor, priority: Tensor) -> Tensor:
+    def probability(self, rows: Tensor, valid: Tensor, priority: Tensor) -> Tensor:
         """See :func:`Selection.probability`."""
         return _share(rows, priority == 1)
 

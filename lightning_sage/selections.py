@@ -79,7 +79,7 @@ class Selection:
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be used as keep")
 
-    def probability(self, rows: Tensor, priority: Tensor) -> Tensor | None:
+    def probability(self, rows: Tensor, valid: Tensor, priority: Tensor) -> Tensor | None:
         """With which probability `keep` chose each row, where the others are to be made up for.
 
         Where a backward pass begins, the gradient of a kept row is multiplied by 1/p, and that of
@@ -88,6 +88,7 @@ class Selection:
 
         Args:
             rows: ``[B, T]`` bool, the chosen rows.
+            valid: As for `keep`.
             priority: As for `keep`.
 
         Returns:

@@ -4,11 +4,13 @@ import gc
 import itertools
 import warnings
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import lightning_sage.engine.block
 import zoo
@@ -25,6 +27,7 @@ from lightning_sage import (
     install,
 )
 from lightning_sage.memory import saved_bytes
+from lightning_sage.sampling import _inclusion
 
 ALL = SagePolicy(keep=AllTokens(), replay=None, blocks=["blocks.*"])
 
@@ -91,9 +94,18 @@ class Mixing(nn.Module):
         return x + self.out(mixed.transpose(1, 2).flatten(2))
 
 
-def mean_over_draws(model, x, weight, policy, monkeypatch, steps=4001):
-    """The mean gradient over the one number that a draw uses, its squared error, and draws seen."""
-    draw, number, drawn = lightning_sage.engine.block.ops.uniform, 0.0, set()
+@pytest.mark.parametrize("kind", [Rowwise, Postnorm, Mixing])
+def test_the_block_where_rows_are_drawn_has_the_dense_gradient_on_average(
+    kind, x, weight, monkeypatch
+):
+    """Every parameter's, and what is handed down, with attention between rows as without.
+
+    The expectation over draws, as an exact integral over the one number that they use.
+    """
+    model = Stack(kind()).double()
+    dense = backward(model, x, weight)
+    policy = SagePolicy(AllTokens(), ImportanceSampling(0.4), sinks=1, blocks=["blocks.*"])
+    draw, number = lightning_sage.engine.block.ops.uniform, 0.0
 
     def chosen(seed, stream, rows):
         if stream >= 0:
@@ -101,34 +113,22 @@ def mean_over_draws(model, x, weight, policy, monkeypatch, steps=4001):
         return torch.full(rows.shape, number, dtype=torch.float64)
 
     monkeypatch.setattr(lightning_sage.engine.block.ops, "uniform", chosen)
-    dense = backward(model, x, weight)
-    found = {}
+    # 0.4 of 18, rounded up; certain rows come first
+    p = _inclusion(weight.flatten(0, 1).norm(dim=-1), torch.tensor(8.0))
+    ends = p[(p < 1 - 1e-9).long().argsort(stable=True)].cumsum(0)
+    cuts = torch.cat([ends % 1, torch.tensor([0.0, 1.0])]).sort()[0]
+    mean, drawn = {name: torch.zeros_like(g) for name, g in dense.items()}, set()
     with install(model, policy) as installed:
-        for step in range(steps):
-            number = (step + 0.5) / steps
-            gradients = backward(model, x, weight)
-            rows = tuple(installed.records[-1].drawn.flatten().tolist())
-            # a draw is the same for an interval of numbers
-            count, _ = found.get(rows, (0, None))
-            found[rows] = count + 1, gradients
-            drawn.add(rows)
-    mean = {n: sum(c * g[n] for c, g in found.values()) / steps for n in dense}
-    return dense, mean, drawn
-
-
-@pytest.mark.parametrize("kind", [Rowwise, Postnorm, Mixing])
-def test_the_block_where_rows_are_drawn_has_the_dense_gradient_on_average(
-    kind, x, weight, monkeypatch
-):
-    """Every parameter's, and what is handed down, with attention between rows as without."""
-    model = Stack(kind()).double()
-    sampling = ImportanceSampling(0.4)
-    policy = SagePolicy(keep=AllTokens(), replay=sampling, sinks=1, blocks=["blocks.*"])
-    dense, mean, drawn = mean_over_draws(model, x, weight, policy, monkeypatch)
+        for low, high in itertools.pairwise(cuts):
+            if high - low < 1e-12:
+                continue
+            number = float((low + high) / 2)
+            for name, g in backward(model, x, weight).items():
+                mean[name] += (high - low) * g
+            drawn.add(tuple(installed.records[0].drawn.flatten().tolist()))
     assert len(drawn) > 3
-    assert all(sum(w > 0 for w in rows) == 8 for rows in drawn)  # 0.4 of 18, rounded up
-    # an interval's width is known to a step
-    assert_gradients_close(mean, dense, 2e-3)
+    assert all(sum(w > 0 for w in rows) == 8 for rows in drawn)
+    assert_gradients_close(mean, dense, 1e-10)
 
 
 def test_rows_are_drawn_once_however_many_blocks(x, weight):
@@ -144,6 +144,45 @@ def test_rows_are_drawn_once_however_many_blocks(x, weight):
         model(x)
         (seen[0] * weight).sum().backward()
         assert [r.drawn is None for r in installed.records] == [True, False, True, True]
+
+
+class Checkpointed(Stack):
+    def forward(self, x):
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+@pytest.mark.parametrize("keep", [RandomTokens(0.5), LossFirst(0.5)], ids=repr)
+def test_a_checkpoint_draws_again_what_all_blocks_have_drawn(keep, x, weight):
+    blocks = [Mixing() for _ in range(3)]
+    policy = SagePolicy(keep=keep, replay=None, sinks=1, blocks=["blocks.*"])
+    found = []
+    for kind in (Stack, Checkpointed):
+        model = kind(*blocks).double()
+        torch.manual_seed(0)
+        with install(model, policy) as installed:
+            installed.observe({"labels": torch.ones(2, 9, dtype=torch.int64)})
+            backward(model, x, weight)
+            torch.manual_seed(0)
+            found.append(backward(model, x, weight))
+            kept = [r.kept for r in installed.records]
+            assert (installed.records[-1].drawn > 1).any()
+        assert isinstance(keep, LossFirst) or all(torch.equal(k, kept[0]) for k in kept)
+    assert_gradients_close(*found, 1e-12)
+
+
+def test_weights_of_random_rows_leave_padding_out(x, weight):
+    model, mask = Stack(Mixing()).double(), torch.arange(9).expand(2, -1) < torch.tensor([[9], [5]])
+    policy = SagePolicy(keep=RandomTokens(0.4), replay=None, keep_last=False, sinks=1)
+    policy = replace(policy, keep_loss_rows=False, blocks=["blocks.*"])
+    with install(model, policy) as installed:
+        installed.observe({"attention_mask": mask})
+        backward(model, x, weight * mask[..., None])
+        [record] = installed.records
+    # the first token, and three of eight or one of four
+    assert record.kept.sum(1).tolist() == [4, 2]
+    assert record.drawn.amax(1).tolist() == pytest.approx([8 / 3, 4])
 
 
 def test_bytes_held_are_the_kept_rows_and_nothing_else():

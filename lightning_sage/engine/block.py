@@ -85,6 +85,8 @@ def _sparse(
         job = None
     if job is None:
         return _plain(block, wrapped, args, kwargs)
+    if sharding.in_checkpoint() and not wrapped.session.recalls:
+        wrapped.session.seeds[wrapped.index] = job.chain.seed
     arguments, hidden = job.arguments, job.hidden
     extra = [arguments.leaves[i] for i in job.extra]
     # something has to require grad where frozen embeddings enter a block that is trained

@@ -77,7 +77,7 @@ class Job:
         hidden = arguments.leaves[arguments.hidden]
         self.B, self.T, self.C = hidden.shape
         self.dtype = hidden.dtype
-        self.chain = chain_of(hidden, self.seed)
+        self.chain = chain_of(hidden, self._seed_of_chain())
         self.extra, self.shared = arguments.differentiable(), arguments.shared()
         self.modes = Modes(parts.modules)
         self.parameters = parts.trainable()
@@ -98,6 +98,11 @@ class Job:
         self.sides = Sides()
         self._pairs: dict[int, Tensor] = {}
         self._outputs: tuple[list[Any], pytree.TreeSpec | None, int] | None = None
+
+    def _seed_of_chain(self) -> Seed:
+        # a checkpoint computes the block again without the ones before it, and has to draw the same
+        recalled = self.session.seeds.get(self.wrapped.index) if self.session.recalls else None
+        return self.seed if recalled is None else recalled
 
     @property
     def hidden(self) -> Tensor:

@@ -56,6 +56,8 @@ class Session:
         # whether a checkpoint computes blocks again
         self.recalls = False
         self._recalled: dict[int, dict[str, Any]] = {}
+        # of chains of blocks, by place, as long as those may be computed again
+        self.seeds: dict[int, Seed] = {}
         self.measure_dense = False
         self.dense_bytes: dict[tuple[int, int], int] = {}
         self.skip_rows: tuple[Tensor, Rows] | None
@@ -70,13 +72,14 @@ class Session:
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle take along: nothing that belongs to a forward under way."""
-        passing = {"_inside", "_looks", "_facts", "_recalled"}
+        passing = {"_inside", "_looks", "_facts", "_recalled", "seeds"}
         passing |= {"batch", "records", "skip_rows", "agreement"}
         return {name: value for name, value in vars(self).items() if name not in passing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.batch, self.records, self.agreement, self._recalled = {}, {}, None, {}
+        self.seeds = {}
         self._reset()
 
     def listen(self, model: nn.Module, blocks: set[nn.Module]) -> None:
@@ -96,7 +99,7 @@ class Session:
         # torch calls no hook after a KeyboardInterrupt: a module is never inside itself
         if not self._inside or module in self._inside:
             self._reset()
-            self.calls, self._recalled = Counter(), {}
+            self.calls, self._recalled, self.seeds = Counter(), {}, {}
         said = towers.handed_on(self.told(), args, kwargs)
         self._inside[module] = said
         if torch.is_grad_enabled():
@@ -279,5 +282,5 @@ class Session:
                 count = max(count, budget.rows)
         wanted = alone.rows.sum() if judged.count is None else judged.count
         drew = judged.told or not keeper.draws_loss_rows
-        p = keeper.probability(chosen.rows, judged.priority) if drew else None
+        p = keeper.probability(chosen.rows, valid, judged.priority) if drew else None
         return Choice(chosen, ops.rows_of(chosen.rows, count), scores, p, wanted, budget)

@@ -161,7 +161,7 @@ class Rehearsal:
             if self.kept is not None:
                 count = valid.shape[0] * share(self.kept, valid.shape[1])
             drew = loss_rows is not valid or not policy.keeper.draws_loss_rows
-            p = policy.keeper.probability(chosen.rows, priority) if drew else None
+            p = policy.keeper.probability(chosen.rows, valid, priority) if drew else None
             self.counts[name, causal] = count, p is not None
         return self.counts[name, causal]
 
