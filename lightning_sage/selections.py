@@ -11,21 +11,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class Chosen(NamedTuple):
-    """Rows chosen by a selection.
-
-    Attributes:
-        rows: bool, the shape of the scores; True where the row is chosen.
-    """
+    """Rows chosen by a selection: bool, the shape of the scores."""
 
     rows: Tensor
 
 
 def checked_fraction(name: str, value: float) -> float:
-    """`value`, if it is a share of the tokens.
-
-    Raises:
-        ValueError: It is not.
-    """
+    """`value`, if it is a share of the tokens; else a ValueError."""
     if not 0 < value <= 1:
         raise ValueError(f"{name} must lie in (0, 1], got {value}; 1 means every valid token")
     return float(value)
@@ -37,17 +29,16 @@ class Selection:
     Attributes:
         needs_scores: Whether `keep` looks at the saliency.
         random: Whether `keep` or `replay` looks at the noise.
-        draws: Whether :func:`Selection.draw` thins out the gradient where a backward pass begins.
+        draws: Whether it has :func:`Selection.draw`.
         draws_loss_rows: Whether it does so for loss-bearing rows alone. Where nothing tells which
-            they are (no labels, `queries="all"`, a vision tower, an encoder in front of a decoder),
-            the noise that it is given are the scores.
+            they are (no labels, `queries="all"`, a tower, an encoder in front of a decoder), the
+            noise that it is given are the scores, and no probability is asked for.
         saliency_in_replay: Whether `replay` looks at the saliency; where rows that are not replayed
             learn as keys (`attention="kept"` of a policy), it is given None.
-        fixed: Whether the number of rows that `keep` chooses follows from padding and priorities
-            alone, so that a GPU need not be asked for it in every block. A promise: rows are
-            missing, or not those chosen, where it is broken. It does not pass to a subclass with a
-            `keep` of its own, nor :func:`Selection.replay_count` with a `replay`, nor
-            :func:`Selection.at` with either.
+        fixed: A promise that the number of rows that `keep` chooses follows from padding and
+            priorities alone, so that a GPU need not be asked for it in every block. It does not
+            pass to a subclass with a `keep` of its own, nor :func:`Selection.replay_count` with a
+            `replay`, nor :func:`Selection.at` with either.
     """
 
     needs_scores = True
@@ -74,25 +65,15 @@ class Selection:
             valid: ``[B, T]`` bool, False on padding; never chosen there.
             priority: ``[B, T]`` int64, see :func:`SagePolicy.priority`: rows of 2 and 3 are always
                 in, rows of 1 and 3 bear loss.
-            noise: ``[B, T]`` float64, uniform in [0, 1); the same in all blocks of a forward, so
-                that a choice by noise alone is made once.
+            noise: ``[B, T]`` float64, uniform in [0, 1), the same in all blocks of a forward.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be used as keep")
 
     def probability(self, rows: Tensor, valid: Tensor, priority: Tensor) -> Tensor | None:
-        """With which probability `keep` chose each row, where the others are to be made up for.
+        """``[B, T]`` float64: of each of the chosen `rows`, the chance it had; None weights nothing.
 
         Where a backward pass begins, the gradient of a kept row is multiplied by 1/p, and that of
-        the other rows of a sample in which any p is below 1 is set to zero. Of a selection that
-        draws loss-bearing rows it is asked where something tells which they are.
-
-        Args:
-            rows: ``[B, T]`` bool, the chosen rows.
-            valid: As for `keep`.
-            priority: As for `keep`.
-
-        Returns:
-            ``[B, T]`` float64 in (0, 1], or None: nothing is weighted.
+        the other rows of a sample in which any p is below 1 is set to zero.
         """
         return None
 
@@ -113,18 +94,10 @@ class Selection:
         raise NotImplementedError(f"{type(self).__name__} cannot be used as replay")
 
     def draw(self, norms: Tensor, count: int, noise: Tensor) -> Tensor:
-        """Weights for the gradient of kept rows; asked for once, where a backward pass begins.
+        """``[N]`` float64, of mean 1: weights of the gradient where a backward pass begins.
 
-        Weights in every block would multiply with the depth of the model; :func:`Selection.replay`
-        has none.
-
-        Args:
-            norms: As for :func:`Selection.replay`.
-            count: Rows that are to be replayed in each block.
-            noise: ``[N]`` float64, uniform in [0, 1).
-
-        Returns:
-            ``[N]`` float64, of mean 1 for every row, 1 where the norm is infinite.
+        Asked for once, as weights in every block would multiply along the depth: for kept rows of
+        these norms, of which every block is to replay `count`. 1 where a norm is infinite.
         """
         raise NotImplementedError(f"{type(self).__name__} does not draw")
 

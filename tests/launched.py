@@ -69,7 +69,9 @@ def fit(strategy, folder):
         strategy=strategy.removesuffix("+"),
         max_epochs=1,
         log_every_n_steps=1,
-        callbacks=[report, SageCallback(POLICY)] if strategy.endswith("+") else [report],
+        callbacks=[report, SageCallback(POLICY, fidelity_every_n_steps=0)]
+        if strategy.endswith("+")
+        else [report],
         **QUIET,
     )
     batch = zoo.make_batch("llama", size=8)

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -91,20 +90,21 @@ def gradient(model, seed):
 
 
 @functools.cache
-def dense_norms(depth):
+def installed_on(depth):
+    """A model with SAGE, checked once, and the norms of its dense gradients."""
     model = copy.deepcopy(deep(depth))
-    return [gradient(model, seed).norm() for seed in range(DRAWS)]
+    dense = [gradient(model, seed).norm() for seed in range(DRAWS)]
+    installation = install(model, SagePolicy(AllTokens(), None, blocks=["blocks.*"]))
+    # every token has a label, the last but one a token to predict
+    installation.observe({"labels": torch.ones(B, T, dtype=torch.int64)})
+    return installation, dense
 
 
 def mean_ratio(depth, policy):
     """Of norms of sparse gradients over those of dense ones."""
-    model = copy.deepcopy(deep(depth))
-    # every token has a label, the last but one a token to predict
-    labels = torch.ones(B, T, dtype=torch.int64)
-    with install(model, replace(policy, blocks=["blocks.*"])) as installed:
-        installed.observe({"labels": labels})
-        sparse = [gradient(model, seed).norm() for seed in range(DRAWS)]
-    found = [s / d for s, d in zip(sparse, dense_norms(depth), strict=True)]
+    installation, dense = installed_on(depth)
+    installation.policy = policy
+    found = [gradient(installation.model, seed).norm() / dense[seed] for seed in range(DRAWS)]
     return float(sum(found)) / DRAWS
 
 
@@ -138,10 +138,12 @@ POLICIES = {
 }
 
 
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-def test_the_norm_of_the_gradient_does_not_grow_with_depth(policy):
-    means = {depth: mean_ratio(depth, policy) for depth in DEPTHS}
-    assert all(0.5 <= mean <= 1.5 for mean in means.values()), means
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_norm_of_the_gradient_does_not_grow_with_depth(name):
+    means = {depth: mean_ratio(depth, POLICIES[name]) for depth in DEPTHS}
+    # as published it keeps no loss-bearing rows, and the callback warns of it where that shows
+    least = 0.4 if name == "paper" else 0.5
+    assert all(least <= mean <= 1.5 for mean in means.values()), means
     assert means[64] <= 1.2 * means[16], means
 
 

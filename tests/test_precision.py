@@ -275,7 +275,9 @@ def test_every_precision_trains(name, precision, device):
 
 def journal_of(policy, data, device, task=Task, lora=False, **scaler):
     model = zoo.build("llama", lora=lora, dtype=torch.float32)
-    sage = [] if policy is None else [SageCallback(policy, print_summary=False)]
+    sage = []
+    if policy is not None:
+        sage.append(SageCallback(policy, fidelity_every_n_steps=0, print_summary=False))
     journal, task = Journal(), task(model)
     fit(task, *sage, journal, data=data, **scaled(device, **scaler))
     return journal, task

@@ -111,7 +111,7 @@ def train(rank, name, folder, killed=None, resume=None, world=2, kind=ResumableL
     task = Dropping(killed)
     callbacks = [ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")]
     if not callable(strategy):
-        callbacks.append(SageCallback(POLICY))
+        callbacks.append(SageCallback(POLICY, fidelity_every_n_steps=0))
     trainer = L.Trainer(
         accelerator="cpu",
         devices=world,
@@ -173,7 +173,7 @@ def test_resuming_with_other_ranks_says_what_is_lost(tmp_path):
             task = Dropping()
             trainer = L.Trainer(
                 accelerator="cpu", devices=2, strategy="ddp", max_epochs=3, **QUIET,
-                callbacks=[SageCallback(POLICY)],
+                callbacks=[SageCallback(POLICY, fidelity_every_n_steps=0)],
             )  # fmt: skip
             loader = DataLoader(rows(2), batch_size=3, collate_fn=collate)
             trainer.fit(task, loader, ckpt_path=tmp_path / "step=14.ckpt", weights_only=True)
@@ -193,7 +193,7 @@ def fit_one(task, callback, **settings):
 
 def test_states_that_were_loaded_go_nowhere_else():
     """Kept until the first batch, and of no use to another fit."""
-    callback = SageCallback(POLICY)
+    callback = SageCallback(POLICY, fidelity_every_n_steps=0)
     assert callback.state_dict() == {}
     loaded = {"ranks": [{"random": random_states(torch.device("cpu"))}]}
     callback.load_state_dict(loaded)
@@ -203,7 +203,7 @@ def test_states_that_were_loaded_go_nowhere_else():
     fit_one(first, callback, max_steps=2)
     torch.manual_seed(5)
     other = Dropping()
-    fit_one(other, SageCallback(POLICY), max_steps=2)
+    fit_one(other, SageCallback(POLICY, fidelity_every_n_steps=0), max_steps=2)
     assert [loss for *_, loss, _ in first.losses] == [loss for *_, loss, _ in other.losses]
 
 
@@ -299,7 +299,14 @@ def dense(rank, folder, resume=None, callback=None):
 
 def test_a_checkpoint_made_without_it_goes_on_with_it(tmp_path):
     ranks(2, dense, tmp_path, group=False)
-    found = ranks(2, dense, tmp_path, tmp_path / "dense.ckpt", SageCallback(POLICY), group=False)
+    found = ranks(
+        2,
+        dense,
+        tmp_path,
+        tmp_path / "dense.ckpt",
+        SageCallback(POLICY, fidelity_every_n_steps=0),
+        group=False,
+    )
     assert found == [(2 * BATCHES, BATCHES)] * 2
 
 
