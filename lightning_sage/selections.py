@@ -70,7 +70,7 @@ class Selection:
         raise NotImplementedError(f"{type(self).__name__} cannot be used as keep")
 
     def probability(self, rows: Tensor, valid: Tensor, priority: Tensor) -> Tensor | None:
-        """``[B, T]`` float64: of each of the chosen `rows`, the chance it had; None weights nothing.
+        """``[B, T]`` float64: the chance that each of the chosen `rows` had; None: no weights.
 
         Where a backward pass begins, the gradient of a kept row is multiplied by 1/p, and that of
         the other rows of a sample in which any p is below 1 is set to zero.

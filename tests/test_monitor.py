@@ -21,8 +21,8 @@ from lightning_sage import (
     SagePolicy,
     install,
 )
+from lightning_sage.watch.dial import advice
 from lightning_sage.watch.history import NAME, read
-from lightning_sage.watch.monitor import advice
 from processes import ranks
 from tasks import HALF, LIGHTNING_WARNINGS, QUIET, Task, Witness, batches, fit, llama, traces
 

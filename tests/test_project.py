@@ -112,9 +112,10 @@ MAY_IMPORT = {
         "engine/replay", "engine/seen", "engine/sides", "engine/trial", "engine/wrapped", "errors",
         "ops",
     },
+    "engine/thinning": {"torch", "engine/cache", "engine/job", "engine/session", "ops"},
     "engine/backward": {
         "torch", "balance", "engine/cache", "engine/job", "engine/keys", "engine/replay",
-        "engine/session", "engine/wrapped", "errors", "ops", "selections",
+        "engine/session", "engine/thinning", "engine/wrapped", "errors", "ops", "selections",
     },
     "engine/block": {
         "torch", "engine/arguments", "engine/backward", "engine/cache", "engine/facts",
@@ -136,12 +137,12 @@ MAY_IMPORT = {
         "torch", "torchmetrics", "buffers", "engine", "install", "policy", "records", "resume",
         "selections",
     },
-    "watch/dial": {"policy", "selections"},
+    "watch/dial": {"policy", "records", "sampling", "selections"},
     "watch/memory_budget": {"torch", "memory_size", "policy", "sampling", "selections"},
     "watch/retry": {"torch", "lightning", "memory", "resume", "watch/probe"},
     "watch/monitor": {
         "torch", "lightning", "lightning_utilities", "install", "memory", "metrics", "policy",
-        "records", "sampling", "support", "watch/dial", "watch/memory_budget", "watch/probe",
+        "records", "support", "watch/dial", "watch/memory_budget", "watch/probe",
     },
     "watch/steering": {
         "torch", "lightning", "install", "policy", "records", "watch/dial", "watch/memory_budget",

@@ -15,7 +15,8 @@ from lightning_sage.engine.cache import SparseCache
 from lightning_sage.engine.job import Job
 from lightning_sage.engine.keys import KeyRows, UpToAttention, key_rows
 from lightning_sage.engine.replay import Replayer
-from lightning_sage.engine.session import DRAW_STREAM, REPLAY_STREAM
+from lightning_sage.engine.session import REPLAY_STREAM
+from lightning_sage.engine.thinning import kept_norms, thinned
 from lightning_sage.engine.wrapped import hooks_off
 from lightning_sage.errors import ReplayError
 from lightning_sage.ops import Rows
@@ -34,52 +35,6 @@ class _Part(NamedTuple):
     rows: Rows
     picked: Tensor | None
     others: Tensor | None = None
-
-
-def _thinned(job: Job, cache: SparseCache, grad: Tensor) -> Tensor:
-    """The gradient that the block is given, of drawn rows only where the backward pass begins."""
-    replayer, kept, record = job.session.policy.replayer, len(cache.index), job.record
-    if not job.chain.enter() or not kept:
-        return grad
-    assert record is not None
-    drawn = None
-    if cache.probability is not None:
-        drawn = _by_token(grad, cache.index, 1 / cache.probability)
-        # what was left out is made up for by the rows that were drawn in its place
-        thinned = (drawn > 1).any(-1, keepdim=True)
-        drawn = drawn.masked_fill(thinned & ~record.kept, 0.0)
-        grad = _weighted(grad, drawn)
-    if replayer is not None and replayer.draws:
-        count = replayer.replay_count(kept, job.valid_count)
-        if job.budget is not None or count is None:
-            count = kept if job.budget is None else job.budget.rows
-        noise = ops.uniform(int(job.seed), DRAW_STREAM, cache.index)
-        weights = replayer.draw(_norms(cache, grad), count, noise)
-        weights = _by_token(grad, cache.index, weights)
-        grad = _weighted(grad, weights)
-        drawn = weights if drawn is None else drawn * weights
-    record.drawn = drawn
-    return grad
-
-
-def _by_token(grad: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-    """``[B, T]`` float64: `values` at some rows, 1 at the others."""
-    spread = torch.ones(grad.shape[:2], dtype=torch.float64, device=grad.device)
-    spread.view(-1).index_copy_(0, rows, values)
-    return spread
-
-
-def _weighted(grad: Tensor, weights: Tensor) -> Tensor:
-    every = torch.arange(weights.numel(), device=grad.device)
-    factors = weights.flatten().to(ops.wide(grad.dtype))
-    return ops.gather_rows(grad, every, factors).view(grad.shape)
-
-
-def _norms(cache: SparseCache, grad: Tensor) -> Tensor:
-    """Of the gradient of kept rows, ``[N]`` float64."""
-    norms = ops.row_norms(grad, cache.index).double()
-    # rows whose gradient is not finite come first, so that a NaN surfaces as in a dense step
-    return norms.where(norms.isfinite(), float("inf"))
 
 
 def _chosen_rows(job: Job, cache: SparseCache, grad: Tensor) -> _Part:
@@ -114,7 +69,7 @@ def _picked(
     known = wanted is not None or job.session.agreement is None
     if count == kept and known:
         return None, least(kept if wanted is None else wanted, job.wanted)
-    norms = _norms(cache, grad)
+    norms = kept_norms(cache, grad)
     noise = ops.uniform(int(job.seed), REPLAY_STREAM, cache.index) if replayer.random else norms
     given = norms, cache.saliency, valid, noise
     # with a budget what it would choose by itself is only asked for where that is to be counted
@@ -173,7 +128,7 @@ def replay(
     """
     grad, targets = grads[0], job.trained()
     _look_at_padding(job, grad)
-    grad = _thinned(job, cache, grad)
+    grad = thinned(job, cache, grad)
     grads = (grad, *grads[1:])
     whole = _chosen_rows(job, cache, grad)
     for i in job.extra:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lightning_sage.policy import SagePolicy
+from lightning_sage.records import BlockRecord
+from lightning_sage.sampling import ImportanceSampling
 from lightning_sage.selections import Selection
 
 # what of a selection is moved; the fraction at most (TopMass) stays as it was set
@@ -146,3 +148,24 @@ class FidelityControl:
     def resume(self, shift: float) -> None:
         """Go on from where a fit that was interrupted stood."""
         self.shift, self._searched = shift, True
+
+
+def advice(policy: SagePolicy, records: list[BlockRecord]) -> str:
+    """What of a policy to raise for a better gradient, by what it kept and replayed of a batch."""
+    valid, kept, replayed = (
+        sum(int(x.sum()) for r in records if (x := getattr(r, name)) is not None)
+        for name in ("valid", "kept", "replayed")
+    )
+    name = "replay" if replayed < 0.9 * kept and setting(policy.replayer) else "keep"
+    selection = policy.replayer if name == "replay" else policy.keeper
+    share = (replayed if name == "replay" else kept) / max(valid, 1)
+    if setting(selection) is None:
+        text = "attention='full' and fewer bits saved (cache_dtype) are what is left to try"
+    else:
+        more = copy.copy(getattr(Dial(policy).at(1.0), name))
+        moved = setting(more) or ""
+        setattr(more, moved, round(getattr(more, moved), 2))
+        text = f"raise {name}, now {selection!r} ({share:.0%} of the tokens), say to {more!r}"
+    if isinstance(policy.replayer, ImportanceSampling) and name == "replay":
+        text += "; a part of it is noise and no bias, as rows are drawn and weighted"
+    return text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,9 +22,8 @@ from lightning_sage.memory import free_unused, tensors_in
 from lightning_sage.metrics import GradientFidelity
 from lightning_sage.policy import SagePolicy, named
 from lightning_sage.records import BlockRecord
-from lightning_sage.sampling import ImportanceSampling
 from lightning_sage.support import is_tested
-from lightning_sage.watch.dial import Dial, FidelityControl, setting
+from lightning_sage.watch.dial import FidelityControl, advice
 from lightning_sage.watch.memory_budget import MemoryBudget
 from lightning_sage.watch.probe import Gradients, block_gradients, undisturbed
 
@@ -299,24 +297,3 @@ def _compared(step: Step, sparse: Gradients | None, dense: Gradients | None) -> 
     # a block without trainable parameters has none
     values = {name: value for name, value in values.items() if math.isfinite(value)}
     return values if "cosine" in values else {}
-
-
-def advice(policy: SagePolicy, records: list[BlockRecord]) -> str:
-    """What of a policy to raise for a better gradient, by what it kept and replayed of a batch."""
-    valid, kept, replayed = (
-        sum(int(x.sum()) for r in records if (x := getattr(r, name)) is not None)
-        for name in ("valid", "kept", "replayed")
-    )
-    name = "replay" if replayed < 0.9 * kept and setting(policy.replayer) else "keep"
-    selection = policy.replayer if name == "replay" else policy.keeper
-    share = (replayed if name == "replay" else kept) / max(valid, 1)
-    if setting(selection) is None:
-        text = "attention='full' and fewer bits saved (cache_dtype) are what is left to try"
-    else:
-        more = copy.copy(getattr(Dial(policy).at(1.0), name))
-        moved = setting(more) or ""
-        setattr(more, moved, round(getattr(more, moved), 2))
-        text = f"raise {name}, now {selection!r} ({share:.0%} of the tokens), say to {more!r}"
-    if isinstance(policy.replayer, ImportanceSampling) and name == "replay":
-        text += "; a part of it is noise and no bias, as rows are drawn and weighted"
-    return text
