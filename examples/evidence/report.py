@@ -418,6 +418,10 @@ def _panels(axes: Any, last: Record, found: dict[str, Method], styles: dict[str,
             )
 
 
+def _is_run(record: Record) -> bool:
+    return record["kind"] == "train"
+
+
 def gains(scenarios: Sequence[Sequence[Record]]) -> str:
     """A table: what of dense training's gain in validation loss each method has, by scenario.
 
@@ -425,7 +429,7 @@ def gains(scenarios: Sequence[Sequence[Record]]) -> str:
     """
     columns, rows = [], defaultdict(dict)
     for records in scenarios:
-        runs = [r for r in records if r["kind"] == "train" and not r["error"]]
+        runs = [r for r in records if _is_run(r) and not r["error"]]
         begun = {r["seed"]: r["start"]["val_loss"] for r in runs if "start" in r}
         if not begun:
             continue
@@ -477,8 +481,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scenarios, out = list(read(Path(command.records)).values()), Path(command.out)
     findings = Path(__file__).with_name("findings.md").read_text().strip()
     parts = ["# Does it end where dense training does?", findings]
-    parts += ["## A trained model of 30 layers", DEPTHS, depths(Path(command.depth))]
-    parts += [GAINS, gains(scenarios), "## Measured", BENEATH]
+    if Path(command.depth).exists():
+        parts += ["## A trained model of 30 layers", DEPTHS, depths(Path(command.depth))]
+    if any("start" in record for records in scenarios for record in records if _is_run(record)):
+        parts += [GAINS, gains(scenarios)]
+    parts += ["## Measured", BENEATH]
     parts += [IN_ALL, overview(scenarios), *map(section, scenarios)]
     out.write_text("\n\n".join(parts) + "\n")
     figure(_most_trained(scenarios), out.with_suffix(".png"))
