@@ -38,7 +38,7 @@ _HALF = {"keep": 0.5, "replay": None, "sinks": 1}
 POLICIES = {
     "half": SagePolicy(**_HALF),
     "half-full": SagePolicy(**_HALF, attention="full"),
-    "drawn": SagePolicy(keep=AllTokens(), replay=ImportanceSampling(0.5)),
+    "drawn": SagePolicy(keep=AllTokens(), replay=ImportanceSampling(0.25)),
     "drawn-salient": SagePolicy(
         keep=AllTokens(), replay=ImportanceSampling(0.5), attention="salient"
     ),
