@@ -51,7 +51,8 @@ DEPTHS = (
     "Gradients of the parameters of all blocks of SmolLM2-135M, full fine-tuning, the mean over "
     "batches of 4 x 192 tokens: cosine with the dense gradient / norm over the dense norm (kept "
     "fraction, bytes held over those of checkpointing with both in bfloat16, operations over dense "
-    "training's, head included). By `examples/evidence/depth.py`."
+    "training's, head included; of the first three kinds of loss an upper bound, which counts the "
+    "checks of blocks at each new shape). By `examples/evidence/depth.py`."
 )
 GAINS = (
     "What of dense training's gain in validation loss is had after as many steps (of dense "
