@@ -100,80 +100,82 @@ def _windows() -> PackageWindows:
     return PackageWindows("sympy", Loading(bases.smollm2(), 4, 192))
 
 
-_FULL_LRS = (2e-5, 5e-5, 1e-4)
+def _smollm2(
+    name: str,
+    task: str,
+    shape: str,
+    steps: int,
+    data: Callable[[], Any],
+    val_batches: int,
+    full: bool = False,
+) -> Scenario:
+    return Scenario(
+        name=name,
+        title=f"{task}; SmolLM2, {'full' if full else 'LoRA r=16'}, {shape}",
+        judged="val_loss",
+        steps=steps,
+        lrs=(2e-5, 5e-5, 1e-4) if full else (2.5e-4, 5e-4, 1e-3),
+        module=_module(CausalLM, bases.smollm2, None, None if full else _ADAPTERS),
+        data=data,
+        val_batches=val_batches,
+    )
+
 
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
-        Scenario(
-            name="smol-label",
-            title="The package of a docstring, to be written; SmolLM2, LoRA r=16, 4 x 192 tokens",
-            judged="val_loss",
-            steps=150,
-            lrs=(2.5e-4, 5e-4, 1e-3),
-            module=_module(CausalLM, bases.smollm2, None, _ADAPTERS),
-            data=_package_names,
-            val_batches=16,
+        _smollm2(
+            "smol-label",
+            "The package of a docstring, to be written",
+            "4 x 192 tokens",
+            150,
+            _package_names,
+            16,
         ),
-        Scenario(
-            name="smol-short",
-            title="From source to a line on what it does; SmolLM2, LoRA r=16, 4 x 192 tokens",
-            judged="val_loss",
-            steps=150,
-            lrs=(2.5e-4, 5e-4, 1e-3),
-            module=_module(CausalLM, bases.smollm2, None, _ADAPTERS),
-            data=_of_functions("summary"),
-            val_batches=12,
+        _smollm2(
+            "smol-short",
+            "From source to a line on what it does",
+            "4 x 192 tokens",
+            150,
+            _of_functions("summary"),
+            12,
         ),
-        Scenario(
-            name="smol-third",
-            title="From docstring to body, a third of the rows; SmolLM2, LoRA r=16, 4 x 192 tokens",
-            judged="val_loss",
-            steps=150,
-            lrs=(2.5e-4, 5e-4, 1e-3),
-            module=_module(CausalLM, bases.smollm2, None, _ADAPTERS),
-            data=_of_functions("body"),
-            val_batches=12,
+        _smollm2(
+            "smol-third",
+            "From docstring to body, a third of the rows",
+            "4 x 192 tokens",
+            150,
+            _of_functions("body"),
+            12,
         ),
-        Scenario(
-            name="smol-every",
-            title="SymPy's sources, loss on every token; SmolLM2, LoRA r=16, 4 x 192 tokens",
-            judged="val_loss",
-            steps=60,
-            lrs=(2.5e-4, 5e-4, 1e-3),
-            module=_module(CausalLM, bases.smollm2, None, _ADAPTERS),
-            data=_windows,
-            val_batches=8,
+        _smollm2(
+            "smol-every", "SymPy's sources, loss on every token", "4 x 192 tokens", 60, _windows, 8
         ),
-        Scenario(
-            name="smol-long",
-            title="A function's body behind 2,048 tokens of its file; SmolLM2, LoRA r=16, batch 1",
-            judged="val_loss",
-            steps=60,
-            lrs=(2.5e-4, 5e-4, 1e-3),
-            module=_module(CausalLM, bases.smollm2, None, _ADAPTERS),
-            data=_of_functions("long", 1, 2048),
-            val_batches=16,
+        _smollm2(
+            "smol-long",
+            "A function's body behind 2,048 tokens of its file",
+            "batch 1",
+            60,
+            _of_functions("long", 1, 2048),
+            16,
         ),
-        Scenario(
-            name="smol-short-full",
-            title="From source to a line on what it does; SmolLM2, full, 4 x 192 tokens",
-            judged="val_loss",
-            steps=150,
-            lrs=_FULL_LRS,
-            module=_module(CausalLM, bases.smollm2),
-            data=_of_functions("summary"),
-            val_batches=12,
+        _smollm2(
+            "smol-short-full",
+            "From source to a line on what it does",
+            "4 x 192 tokens",
+            150,
+            _of_functions("summary"),
+            12,
+            full=True,
         ),
-        Scenario(
-            name="smol-every-full",
-            title="SymPy's sources, loss on every token; SmolLM2, full, 4 x 192 tokens",
-            judged="val_loss",
-            steps=60,
-            lrs=_FULL_LRS,
-            module=_module(CausalLM, bases.smollm2),
-            data=_windows,
-            val_batches=8,
+        _smollm2(
+            "smol-every-full",
+            "SymPy's sources, loss on every token",
+            "4 x 192 tokens",
+            60,
+            _windows,
+            8,
+            full=True,
         ),
         Scenario(
             name="classify-lora",

@@ -178,4 +178,5 @@ def about(scenario: Scenario, method: str) -> Record:
 
 
 def _callback(policy: SagePolicy) -> SageCallback:
-    return SageCallback(policy, measure_dense=False, print_summary=False)
+    # what a look costs is no part of a method's time
+    return SageCallback(policy, fidelity_every_n_steps=0, measure_dense=False, print_summary=False)
